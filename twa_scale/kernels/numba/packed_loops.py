@@ -15,15 +15,15 @@ from twa_scale.kernels.numba.loops import FLOAT0, U, compiled, inlined, narrow, 
 from twa_scale.kernels.numba.packed_vectors import (
     add_dots,
     add_dots_apart,
+    move_lanes,
     quantize_factors,
     quantize_gradient,
     spread_weights,
     store_fence,
     store_past_caches,
-    sum_lanes,
     sum_rows,
 )
-from twa_scale.kernels.numba.shared_tiles import assign_lanes, combine_rests, divide, project_rests
+from twa_scale.kernels.numba.shared_tiles import combine_rests, divide, project_rests
 from twa_scale.kernels.packed_rows import BLOCKS, RUN
 
 ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
@@ -70,8 +70,9 @@ def _padded(source: Any, first: Any, n: Any, width: Any, target: Any, pitch: Any
 
 @inlined
 def _places(fields: Any, tile: Any) -> Any:
-    """Return uninitialized arrays for the segments and the lanes of blocks, and for the rests of a tile."""
-    return np.empty(fields, U), np.empty(fields, U), (np.empty(tile, U), np.empty(tile, U), np.empty(tile, U))
+    """Return uninitialized arrays for the blocks and the rests of a tile, as `divide` writes them."""
+    blocks = np.empty(fields, U), np.empty(fields, U), np.empty(fields, U)
+    return blocks, (np.empty(tile, U), np.empty(tile, U), np.empty(tile, U))
 
 
 def _project_loop(bits: int, many: bool) -> Callable[..., None]:
@@ -85,28 +86,29 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
         length, front = segments
         products, pitch = total
         tile, chunks, size = block * fields, _chunks(n, fields), n * SIXTEEN
-        factors, sums = np.empty(chunks * SIXTEEN, np.float32), np.empty(n + SIXTEEN, np.float32)
-        lanes = np.zeros((fields if many else ONE) * size + SIXTEEN * SIXTEEN, np.float32)  # `sum_lanes` reads 16 rows
+        factors, sums = np.empty(chunks * SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
+        lanes = np.zeros((fields if many else ONE) * size + SIXTEEN * SIXTEEN, np.float32)  # `move_lanes` reads 16 rows
         own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
         right, integers, units = np.empty(tile, np.float32), np.empty(tile, np.int16), np.empty(SIXTEEN, np.float32)
-        owners, places, rests = _places(fields, tile if many else ONE)
+        shares, rests = _places(fields, tile if many else ONE)
+        _, places, different = shares
         places[:] = U(0)
         # The end of the segment is counted from the start of the first block, as tiles are.
         segment, end = U(0), max(U(start) * tile, lead) + length - front
         for t in range(U(start), U(stop)):
             skip, used, width, blocks, word, scale = extent(shape, block, fields, t)
-            at, apart, different, together = t * tile, False, ONE, True
+            at, apart, count, num_places = t * tile, False, U(0), ONE
             if many:
                 if end <= at + skip:
                     segment, end = segment + ONE, end + length
                 apart = end < at + used
             whole = skip == U(0) and used == tile  # whether the gradient is used in place
-            owners[0] = segment
+            different[0] = segment
             if many and apart:
-                segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
+                place = segment, end - at
+                segment, end, count, num_places = divide(block, skip, used, place, length, size, shares, rests)
                 end += at
                 whole = whole and count == U(0)
-                different, together = assign_lanes(owners, blocks, size, places)
             elif many:
                 places[:] = U(0)
             if whole:
@@ -116,8 +118,8 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 for j in range(skip, used):
                     right[j] = widen(gradient[at + j - lead])
                 if many and apart:
-                    place = width, blocks, word, scale
-                    project_rests((words, scales, n), bits, block, place, rests, count, right, total)
+                    extents = width, blocks, word, scale
+                    project_rests((words, scales, n), bits, block, extents, rests, count, right, total)
                 quantize_gradient(bits, integers, units, right, U(0))
             if blocks < fields:
                 own[:] = np.uint16(0)
@@ -127,18 +129,19 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 _padded(words, word, n, width, padded, block)
                 codes, word = padded, U(0)
             after = at + tile - lead
-            if many and not together:
+            if many:
                 add_dots_apart(
                     bits, lanes, codes, word, n, own, factors, chunks, integers, units, places, gradient, after
                 )
             else:
                 add_dots(bits, lanes, codes, word, n, own, factors, chunks, integers, units, places, gradient, after)
             if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop) or (many and end <= at + tile) or apart:
-                for q in range(different):
-                    sum_lanes(sums, lanes, q * size, n)
-                    for i in range(n):
-                        products[owners[q] * pitch + i] += sums[i]
-                lanes[: different * size] = FLOAT0
+                for q in range(num_places):
+                    to, first = different[q] * pitch, q * size
+                    move_lanes(products, to, lanes, first, n, sums)
+                    for i in range(n // SIXTEEN * SIXTEEN, n):
+                        products[to + i] += sums[i % SIXTEEN]
+                        lanes[first + i * SIXTEEN : first + (i + ONE) * SIXTEEN] = FLOAT0
 
     return project
 
@@ -159,7 +162,8 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
         own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
         pairs, firsts = np.empty(chunks * SIXTEEN // U(2), np.int32), np.empty(SIXTEEN, np.int32)
         units, each = np.empty(SIXTEEN, np.float32), np.zeros(chunks * SIXTEEN, np.float32)
-        owners, _, rests = _places(fields, tile if many else ONE)
+        shares, rests = _places(fields, tile if many else ONE)
+        owners = shares[0]
         segment, end = U(0), max(U(start) * tile, lead) + length - front
         owners[:] = segment
         new = True  # whether the weights of this tile differ from those of the tile before
@@ -173,7 +177,8 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                 if new:
                     owners[:] = segment
                 if apart:
-                    segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
+                    place = segment, end - at
+                    segment, end, count, _ = divide(block, skip, used, place, length, U(0), shares, rests)
                     end += at
             if new or apart:
                 spread_weights(bits, each, weights, owners, n)
@@ -191,8 +196,8 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                 codes, first = padded, U(0)
             sum_rows(bits, total, codes, first, n, pairs, firsts, units, base, at + tile - lead)
             if many and count > U(0):
-                place = width, blocks, word, scale
-                combine_rests((words, scales, n), bits, block, place, rests, count, weights, total)
+                extents = width, blocks, word, scale
+                combine_rests((words, scales, n), bits, block, extents, rests, count, weights, total)
             if (
                 m >= _LARGE
                 and used == tile

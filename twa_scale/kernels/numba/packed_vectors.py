@@ -11,7 +11,7 @@ half-integer. The product is still exact, because the integers are then even.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -38,9 +38,9 @@ from twa_scale.kernels.packed_rows import BLOCKS, zero_of
 _TINY = 1e-30  # Values up to it are treated as 0, because their inverse may overflow.
 _INFINITE = 0x7F800000  # the bits of infinity in float32
 _MAX_SUM = float(1 << 22)  # of the integers of a block; codes are at most 128 from zero, so sums stay below 2^30
-TOGETHER = 4
-"""The number of fields that are computed together, for which there are enough registers."""
+_TOGETHER = 4  # fields that are computed together, for which there are enough registers
 _U = types.uint64
+_DOUBLE, _DOUBLES = ir.DoubleType(), 8
 # Two rows a and b are interleaved within each 16 bytes, as processors do it. The low half is a0 b0 a1 b1 a2 b2 a3 b3,
 # a8 b8 .., and the high half a4 b4 a5 b5 .., a12 b12 .. `_ORDER` restores the order of the sums of both halves.
 _LOW = [8 * q + e + row * WIDE for q in range(4) for e in range(4) for row in (0, 1)]
@@ -69,8 +69,8 @@ class TileEmitter(Emitter):
         masks are, too. The third value is the number of earlier parts of the tile.
         """
         loops = self.block // size
-        for i, k in enumerate(range(0, self.fields, TOGETHER)):
-            fields = list(range(k, min(k + TOGETHER, self.fields)))
+        for i, k in enumerate(range(0, self.fields, _TOGETHER)):
+            fields = list(range(k, min(k + _TOGETHER, self.fields)))
             with cgutils.for_range(self.build, self.at(loops)) as words:
                 yield fields, self.times(words.index, size), self.at(words.index, i * loops)
 
@@ -162,27 +162,27 @@ def add_dots(  # type: ignore[no-untyped-def]
 ):
     """Add <row_i, gradient> of a tile to 16 lanes for each of n rows, which are summed after several tiles.
 
-    The lanes of a field are n rows from index `places[field]` on, the same for fields that are computed together.
-    Element `after` of the gradient is the first one of the next tile.
+    The lanes of all fields are n rows from index `places[0]` on. Element `after` of the gradient is the first one of
+    the next tile.
     """
     kinds = (lanes, words, at, n, scales, factors, chunks, integers, units, places, gradient, after)
-    return tile_intrinsic(partial(_add_dots, apart=False), _DOTS, bits, *kinds)
+    return tile_intrinsic(partial(_add_dots, many=False), _DOTS, bits, *kinds)
 
 
 @intrinsic
 def add_dots_apart(  # type: ignore[no-untyped-def]
     typing, bits, lanes, words, at, n, scales, factors, chunks, integers, units, places, gradient, after
 ):
-    """Add as `add_dots` does, but with a place for each field."""
+    """Add as `add_dots` does, but to lanes from index `places[field]` on."""
     kinds = (lanes, words, at, n, scales, factors, chunks, integers, units, places, gradient, after)
-    return tile_intrinsic(partial(_add_dots, apart=True), _DOTS, bits, *kinds)
+    return tile_intrinsic(partial(_add_dots, many=True), _DOTS, bits, *kinds)
 
 
-def _add_dots(v: TileEmitter, *, apart: bool) -> None:
-    units = v.load("units", 0)
-    with cgutils.for_range(v.build, v["chunks"]) as chunk:
+def _add_dots(v: TileEmitter, *, many: bool) -> None:
+    b, units = v.build, v.load("units", 0)
+    with cgutils.for_range(b, v["chunks"]) as chunk:
         start = v.times(chunk.index, LANES)
-        v.store("factors", start, v.build.fmul(v.floats("scales", start), units))
+        v.store("factors", start, b.fmul(v.floats("scales", start), units))
     vectors = range(v.block // WIDE)
     for fields, s, part in v.parts(v.block):
         places = [v.at(s, k * v.block) for k in fields]
@@ -192,38 +192,80 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
             first = splat(0)
             for c in vectors:
                 first = v.add_products(first, some[c], splat(v.zeros[k], WIDE))
-            firsts.append(v.build.ashr(first, splat(1)))
-        starts = [v.element("places", k) for k in (fields if apart else fields[:1])]
-        per_start = len(fields) // len(starts)  # the number of fields that are added to the same lanes
-        with cgutils.for_range(v.build, v["n"]) as row:
-            v.prefetch_next("gradient", part, row.index, v["n"], v.block * len(fields) // v.fields)
-            sums = firsts
-            for c in vectors:
-                words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s, c * WIDE), WIDE)
-                codes = v.codes(words, fields)
-                sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, integers, strict=True)]
-            for i, start in enumerate(starts):
-                lane = v.at(v.times(row.index, LANES), start)
-                total = v.load("lanes", lane)
-                for j in range(i * per_start, (i + 1) * per_start):
-                    factor = v.broadcast_element("factors", v.at(v.times(row.index, v.fields), fields[j]))
-                    total = v.build.fadd(total, v.scaled(sums[j], factor), flags=FAST)
-                v.store("lanes", lane, total)
+            firsts.append(b.ashr(first, splat(1)))
+        dots = _Dots(fields, s, part, integers, firsts)
+        starts = [v.element("places", k) for k in (fields if many else fields[:1])]
+        if not many:
+            _add_fields(v, dots, starts)
+            continue
+        one = reduce(b.and_, (b.icmp_unsigned("==", start, starts[0]) for start in starts))
+        with b.if_else(one) as (together, apart):
+            with together:
+                _add_fields(v, dots, starts[:1])
+            with apart:
+                _add_fields(v, dots, starts)
+
+
+class _Dots(NamedTuple):
+    """Fields of a tile that are computed together, and their gradient."""
+
+    fields: list[int]
+    first: Any
+    """The index of their words in a block."""
+    part: Any
+    """The number of earlier parts of the tile."""
+    integers: list[list[Any]]
+    """The gradient of each field, as 16-bit integers."""
+    firsts: list[Any]
+    """The initial values of their sums."""
+
+
+def _add_fields(v: TileEmitter, dots: _Dots, starts: Sequence[Any]) -> None:
+    """Add the products of all rows to their lanes, from one index on for all fields or from one for each."""
+    fields, first, part, integers, firsts = dots
+    per_start = len(fields) // len(starts)
+    with cgutils.for_range(v.build, v["n"]) as row:
+        v.prefetch_next("gradient", part, row.index, v["n"], v.block * len(fields) // v.fields)
+        sums = firsts
+        for c in range(v.block // WIDE):
+            words = v.load("words", v.at(v["at"], v.times(row.index, v.block), first, c * WIDE), WIDE)
+            codes = v.codes(words, fields)
+            sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, integers, strict=True)]
+        for i, start in enumerate(starts):
+            lane = v.at(v.times(row.index, LANES), start)
+            total = v.load("lanes", lane)
+            for j in range(i * per_start, (i + 1) * per_start):
+                factor = v.broadcast_element("factors", v.at(v.times(row.index, v.fields), fields[j]))
+                total = v.build.fadd(total, v.scaled(sums[j], factor), flags=FAST)
+            v.store("lanes", lane, total)
 
 
 @intrinsic
-def sum_lanes(typing, sums, lanes, at, n):  # type: ignore[no-untyped-def]
-    """Write the sums of the 16 lanes of each of n rows. The number of rows is rounded up to a multiple of 16."""
+def move_lanes(typing, products, to, lanes, at, n, sums):  # type: ignore[no-untyped-def]
+    """Add the sums of the 16 lanes of each of n rows to float64 products, and set the lanes to zero.
+
+    The last n % 16 rows remain: their sums are written to `sums`.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = Emitter(context, builder, signature.args, arguments, "sums lanes at n")
-        with cgutils.for_range(builder, builder.lshr(v.at(v["n"], LANES - 1), v.at(4))) as chunk:
+        v = Emitter(context, builder, signature.args, arguments, "products to lanes at n sums")
+        with cgutils.for_range(builder, builder.lshr(v["n"], v.at(4))) as chunk:
             row = v.times(chunk.index, LANES)
             start = v.at(v["at"], v.times(row, LANES))
-            v.store("sums", row, v.sums([v.load("lanes", v.at(start, i * LANES)) for i in range(LANES)]))
+            total = v.sums([v.load("lanes", v.at(start, i * LANES)) for i in range(LANES)])
+            for i in range(LANES):
+                v.store("lanes", v.at(start, i * LANES), splat(0.0))
+            for i in range(0, LANES, _DOUBLES):
+                wide = builder.fpext(v.shuffle(total, total, range(i, i + _DOUBLES)), ir.VectorType(_DOUBLE, _DOUBLES))
+                place = v.at(v["to"], row, i)
+                v.store("products", place, builder.fadd(v.load("products", place, _DOUBLES), wide))
+        rest = builder.and_(v["n"], v.at(LANES - 1))
+        with builder.if_then(builder.icmp_unsigned("!=", rest, v.at(0))):
+            start = v.at(v["at"], v.times(builder.sub(v["n"], rest), LANES))
+            v.store("sums", 0, v.sums([v.load("lanes", v.at(start, i * LANES)) for i in range(LANES)]))
         return context.get_dummy_value()
 
-    return types.void(sums, lanes, _U, _U), generate
+    return types.void(products, _U, lanes, _U, _U, sums), generate
 
 
 @intrinsic

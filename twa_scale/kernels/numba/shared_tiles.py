@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from twa_scale.kernels.numba.loops import FLOAT0, U, compiled, inlined, widen
-from twa_scale.kernels.numba.packed_vectors import TOGETHER
 
 ONE = U(1)
 
 
 @compiled
-def divide(block: Any, skip: Any, used: Any, place: Any, length: Any, owners: Any, rests: Any) -> Any:
+def divide(block: Any, skip: Any, used: Any, place: Any, length: Any, size: Any, blocks: Any, rests: Any) -> Any:
     """Find the segments of a tile.
 
     Args:
@@ -25,50 +24,35 @@ def divide(block: Any, skip: Any, used: Any, place: Any, length: Any, owners: An
         used: the end of the elements.
         place: the segment of the first element, and the end of this segment, counted from the start of the tile.
         length: the length of a segment.
-        owners: gets the segment of the first element of each block.
+        size: the number of lanes for the sums of a segment.
+        blocks: three arrays that get, for each block, the segment of its first element and the first lane of this
+            segment, and the different ones of these segments, in order.
         rests: three arrays that get the first element, the end and the segment of each rest.
 
     Returns:
-        The segment of the last element, its end, and the number of rests.
+        The segment of the last element, its end, the number of rests, and the number of different segments of blocks.
     """
+    owners, places, different = blocks
     starts, stops, segments = rests
     segment, end = place
-    count = U(0)
-    for k in range((used + block - ONE) // block):
-        stop = min((k + ONE) * block, used)
-        if end <= max(k * block, skip):
-            segment, end = segment + ONE, end + length
-        owners[k] = segment
+    k, count, lanes, num_blocks = U(0), U(0), U(0), (used + block - ONE) // block
+    while True:
+        after = min((end + block - ONE) // block, num_blocks)  # the blocks that begin in this segment
+        if k < after:
+            different[lanes] = segment
+            for j in range(k, after):
+                owners[j], places[j] = segment, lanes * size
+            k, lanes = after, lanes + ONE
+        stop = min(k * block, used)
         while end < stop:
             segment, starts[count] = segment + ONE, end
             end += length
             stops[count], segments[count] = min(end, stop), segment
             count += ONE
-    return segment, end, count
-
-
-@compiled
-def assign_lanes(owners: Any, blocks: Any, size: Any, places: Any) -> Any:
-    """Assign lanes for sums to the segments of the blocks of a tile: `size` lanes to each.
-
-    Args:
-        owners: the segments of the blocks. They are replaced by the different ones, in order.
-        blocks: the number of blocks.
-        size: the number of lanes of a segment.
-        places: gets the first lane of each block.
-
-    Returns:
-        The number of different segments, and whether all blocks that are computed together have one segment.
-    """
-    last, together = U(0), True
-    places[:] = U(0)
-    for k in range(blocks):
-        if owners[k] != owners[last]:
-            last += ONE
-            owners[last] = owners[k]
-        places[k] = last * size
-        together = together and (k % U(TOGETHER) == U(0) or places[k] == places[k - ONE])
-    return last + ONE, together
+        if k == num_blocks:
+            return segment, end, count, lanes
+        if end == k * block:
+            segment, end = segment + ONE, end + length
 
 
 @inlined
