@@ -15,7 +15,6 @@ from twa_scale.kernels.numba.loops import FLOAT0, U, compiled, inlined, narrow, 
 from twa_scale.kernels.numba.packed_vectors import (
     add_dots,
     add_dots_apart,
-    move_lanes,
     quantize_factors,
     quantize_gradient,
     spread_weights,
@@ -23,7 +22,7 @@ from twa_scale.kernels.numba.packed_vectors import (
     store_past_caches,
     sum_rows,
 )
-from twa_scale.kernels.numba.shared_tiles import combine_rests, divide, project_rests
+from twa_scale.kernels.numba.shared_tiles import add_to_products, combine_rests, divide, project_rests
 from twa_scale.kernels.packed_rows import BLOCKS, RUN
 
 ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
@@ -111,16 +110,6 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 whole = whole and count == U(0)
             elif many:
                 places[:] = U(0)
-            if whole:
-                quantize_gradient(bits, integers, units, gradient, at - lead)
-            else:
-                right[:] = FLOAT0
-                for j in range(skip, used):
-                    right[j] = widen(gradient[at + j - lead])
-                if many and apart:
-                    extents = width, blocks, word, scale
-                    project_rests((words, scales, n), bits, block, extents, rests, count, right, total)
-                quantize_gradient(bits, integers, units, right, U(0))
             if blocks < fields:
                 own[:] = np.uint16(0)
             _padded(scales, scale, n, blocks, own, fields)
@@ -128,6 +117,15 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
             if width < block:
                 _padded(words, word, n, width, padded, block)
                 codes, word = padded, U(0)
+            if whole:
+                quantize_gradient(bits, integers, units, gradient, at - lead, fields)
+            else:
+                right[:] = FLOAT0
+                for j in range(skip, used):
+                    right[j] = widen(gradient[at + j - lead])
+                if many and count > U(0):
+                    project_rests(bits, block, (codes, word, own, n), rests, count, right, products, pitch)
+                quantize_gradient(bits, integers, units, right, U(0), fields)
             after = at + tile - lead
             if many:
                 add_dots_apart(
@@ -137,11 +135,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 add_dots(bits, lanes, codes, word, n, own, factors, chunks, integers, units, places, gradient, after)
             if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop) or (many and end <= at + tile) or apart:
                 for q in range(num_places):
-                    to, first = different[q] * pitch, q * size
-                    move_lanes(products, to, lanes, first, n, sums)
-                    for i in range(n // SIXTEEN * SIXTEEN, n):
-                        products[to + i] += sums[i % SIXTEEN]
-                        lanes[first + i * SIXTEEN : first + (i + ONE) * SIXTEEN] = FLOAT0
+                    add_to_products(products, different[q] * pitch, lanes, q * size, n, sums)
 
     return project
 
@@ -196,8 +190,7 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                 codes, first = padded, U(0)
             sum_rows(bits, total, codes, first, n, pairs, firsts, units, base, at + tile - lead)
             if many and count > U(0):
-                extents = width, blocks, word, scale
-                combine_rests((words, scales, n), bits, block, extents, rests, count, weights, total)
+                combine_rests(bits, block, (codes, first, own, n), rests, count, weights, total)
             if (
                 m >= _LARGE
                 and used == tile

@@ -40,7 +40,6 @@ _INFINITE = 0x7F800000  # the bits of infinity in float32
 _MAX_SUM = float(1 << 22)  # of the integers of a block; codes are at most 128 from zero, so sums stay below 2^30
 _TOGETHER = 4  # fields that are computed together, for which there are enough registers
 _U = types.uint64
-_DOUBLE, _DOUBLES = ir.DoubleType(), 8
 # Two rows a and b are interleaved within each 16 bytes, as processors do it. The low half is a0 b0 a1 b1 a2 b2 a3 b3,
 # a8 b8 .., and the high half a4 b4 a5 b5 .., a12 b12 .. `_ORDER` restores the order of the sums of both halves.
 _LOW = [8 * q + e + row * WIDE for q in range(4) for e in range(4) for row in (0, 1)]
@@ -131,15 +130,19 @@ def tile_intrinsic(emit: Callable[[TileEmitter], None], names: str, bits: Any, *
 
 
 @intrinsic
-def quantize_gradient(typing, bits, integers, units, gradient, at):  # type: ignore[no-untyped-def]
-    """Write the gradient of a tile as 16-bit integers, and their units, which are NaN if a block is not finite."""
-    return tile_intrinsic(_quantize_gradient, "integers units gradient at", bits, integers, units, gradient, at)
+def quantize_gradient(typing, bits, integers, units, gradient, at, count):  # type: ignore[no-untyped-def]
+    """Write the gradient of the first `count` blocks of a tile as 16-bit integers, and their units.
+
+    Units are NaN if a block is not finite.
+    """
+    names = "integers units gradient at count"
+    return tile_intrinsic(_quantize_gradient, names, bits, integers, units, gradient, at, count)
 
 
 def _quantize_gradient(v: TileEmitter) -> None:
     b = v.build
     v.allocate("extents", INT, LANES)
-    with cgutils.for_range(b, v.at(v.fields)) as field:
+    with cgutils.for_range(b, v["count"]) as field:
         start = v.times(field.index, v.block)
         values = [v.floats("gradient", v.at(v["at"], start, c)) for c in range(0, v.block, LANES)]
         extents = v.reduce_lanes(reduce(v.larger, map(v.magnitudes, values)), v.larger)
@@ -238,34 +241,6 @@ def _add_fields(v: TileEmitter, dots: _Dots, starts: Sequence[Any]) -> None:
                 factor = v.broadcast_element("factors", v.at(v.times(row.index, v.fields), fields[j]))
                 total = v.build.fadd(total, v.scaled(sums[j], factor), flags=FAST)
             v.store("lanes", lane, total)
-
-
-@intrinsic
-def move_lanes(typing, products, to, lanes, at, n, sums):  # type: ignore[no-untyped-def]
-    """Add the sums of the 16 lanes of each of n rows to float64 products, and set the lanes to zero.
-
-    The last n % 16 rows remain: their sums are written to `sums`.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = Emitter(context, builder, signature.args, arguments, "products to lanes at n sums")
-        with cgutils.for_range(builder, builder.lshr(v["n"], v.at(4))) as chunk:
-            row = v.times(chunk.index, LANES)
-            start = v.at(v["at"], v.times(row, LANES))
-            total = v.sums([v.load("lanes", v.at(start, i * LANES)) for i in range(LANES)])
-            for i in range(LANES):
-                v.store("lanes", v.at(start, i * LANES), splat(0.0))
-            for i in range(0, LANES, _DOUBLES):
-                wide = builder.fpext(v.shuffle(total, total, range(i, i + _DOUBLES)), ir.VectorType(_DOUBLE, _DOUBLES))
-                place = v.at(v["to"], row, i)
-                v.store("products", place, builder.fadd(v.load("products", place, _DOUBLES), wide))
-        rest = builder.and_(v["n"], v.at(LANES - 1))
-        with builder.if_then(builder.icmp_unsigned("!=", rest, v.at(0))):
-            start = v.at(v["at"], v.times(builder.sub(v["n"], rest), LANES))
-            v.store("sums", 0, v.sums([v.load("lanes", v.at(start, i * LANES)) for i in range(LANES)]))
-        return context.get_dummy_value()
-
-    return types.void(products, _U, lanes, _U, _U, sums), generate
 
 
 @intrinsic

@@ -1,17 +1,19 @@
 """Tiles of packed rows that several segments share: their blocks, and the rests of blocks.
 
-The vector code handles a block as part of one segment, that of its first element. The functions here handle the rests
-of blocks, which belong to further segments, in float32. Their argument `bits` is not a constant, so each is compiled
-once.
+The loops over packed rows handle a block as part of one segment, that of its first element. The functions here handle
+the rests of blocks, which belong to further segments.
 """
 
 from typing import Any
 
 import numpy as np
 
-from twa_scale.kernels.numba.loops import FLOAT0, U, compiled, inlined, widen
+from twa_scale.kernels.numba.intrinsics import LANES, WIDE
+from twa_scale.kernels.numba.loops import FLOAT0, U, compiled, inlined
+from twa_scale.kernels.numba.packed_vectors import quantize_gradient
+from twa_scale.kernels.numba.segment_vectors import dot_rest, move_lanes, sum_rest
 
-ONE = U(1)
+ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
 
 
 @compiled
@@ -56,55 +58,55 @@ def divide(block: Any, skip: Any, used: Any, place: Any, length: Any, size: Any,
 
 
 @inlined
-def _level(word: Any, k: Any, bits: Any) -> Any:
-    """Return code k of a word, times two, minus twice the code of 0."""
-    code = np.int32(np.int32(np.int32(word) >> np.int32(U(bits) * k)) & np.int32((U(1) << U(bits)) - U(1)))
-    return np.float32(np.int32(code * np.int32(2)) - np.int32((U(1) << U(bits)) - U(bits < 4)))
+def add_to_products(products: Any, to: Any, lanes: Any, first: Any, n: Any, sums: Any) -> None:
+    """Add the sums of the lanes of n rows to n products, float64, and set the lanes to zero."""
+    move_lanes(products, to, lanes, first, n, sums)
+    for i in range(n // SIXTEEN * SIXTEEN, n):
+        products[to + i] += sums[i % SIXTEEN]
+        lanes[first + i * SIXTEEN : first + (i + ONE) * SIXTEEN] = FLOAT0
 
 
-@compiled
+@inlined
 def project_rests(
-    rows: Any, bits: Any, block: Any, tile: Any, rests: Any, count: Any, gradient: Any, total: Any
+    bits: Any, block: Any, rows: Any, rests: Any, count: Any, gradient: Any, products: Any, pitch: Any
 ) -> None:
-    """Add the products of the rests of a tile to `total`, and set their gradient to zero.
+    """Add the products of the rests of a tile to `products`, and set their gradient to zero.
 
     Args:
-        rows: words and scales of packed rows, and n.
-        bits: the number of bits of a code.
+        bits: the number of bits of a code, a constant.
         block: the number of elements of a block.
-        tile: the number of words and of scales of a row of the tile, and the first index of each.
+        rows: words of complete tiles, the first index of those of this tile, its scales, and n.
         rests: from `divide`.
         count: the number of rests.
         gradient: the gradient of the tile, float32.
-        total: the sums, (count, n), flat, and their row stride.
+        products: (count, n), float64, flat.
+        pitch: their row stride.
     """
-    words, scales, n = rows
-    sums, pitch = total
-    width, blocks, word, scale = tile
+    words, at, scales, n = rows
     starts, stops, segments = rests
+    lanes, sums = np.empty((n + SIXTEEN) * SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
+    integers, units = np.empty(block, np.int16), np.empty(SIXTEEN, np.float32)
+    right = np.empty(block, np.float32)
     for r in range(U(count)):
         low, high, k = starts[r], stops[r], starts[r] // block
-        for i in range(n):
-            row, first = FLOAT0, word + i * width - k * block
-            for j in range(low, high):
-                row += _level(words[first + j], k, bits) * gradient[j]
-            sums[segments[r] * pitch + i] += row * np.float32(0.5) * widen(scales[scale + i * blocks + k])
+        right[:] = FLOAT0
+        for j in range(low, high):
+            right[j - k * block] = gradient[j]
         gradient[low:high] = FLOAT0
+        quantize_gradient(bits, integers, units, right, U(0), ONE)
+        dot_rest(bits, lanes, words, at, n, scales, k, integers, units)
+        add_to_products(products, segments[r] * pitch, lanes, U(0), n, sums)
 
 
-@compiled
-def combine_rests(
-    rows: Any, bits: Any, block: Any, tile: Any, rests: Any, count: Any, weights: Any, total: Any
-) -> None:
+@inlined
+def combine_rests(bits: Any, block: Any, rows: Any, rests: Any, count: Any, weights: Any, total: Any) -> None:
     """Write sum_i weight_i row_i of the rests of a tile to `total`. The weights are (count, n)."""
-    words, scales, n = rows
-    width, blocks, word, scale = tile
+    words, at, scales, n = rows
     starts, stops, segments = rests
+    part = np.empty(block, np.float32)
     for r in range(U(count)):
-        low, high, k = starts[r], stops[r], starts[r] // block
-        total[low:high] = FLOAT0
-        for i in range(n):
-            first = word + i * width - k * block
-            factor = np.float32(0.5) * weights[segments[r] * n + i] * widen(scales[scale + i * blocks + k])
-            for j in range(low, high):
-                total[j] += factor * _level(words[first + j], k, bits)
+        k = starts[r] // block
+        low, high = starts[r] - k * block, stops[r] - k * block
+        sum_rest(bits, part, words, at, n, scales, weights, segments[r] * n, k, low // CHUNK * CHUNK, high)
+        for j in range(low, high):
+            total[k * block + j] = part[j]
