@@ -98,6 +98,6 @@ def logits(model: nn.Module) -> Tensor:
     training = model.training
     model.eval()
     with torch.no_grad():
-        found: Tensor = model(IDS).logits
+        actual: Tensor = model(IDS).logits
     model.train(training)
-    return found
+    return actual

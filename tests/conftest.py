@@ -43,7 +43,7 @@ def ranks() -> Iterator[Pool]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Be in an empty directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

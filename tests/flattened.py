@@ -33,10 +33,10 @@ def hold(module: nn.Module, engine: str, **options: Any) -> nn.Module:
     from fairscale.optim.oss import OSS
 
     known = [p for name, p in module.named_parameters() if name != OUTSIDE]
-    held: nn.Module = ShardedDataParallel(
+    stored: nn.Module = ShardedDataParallel(
         module, OSS(known, optim=optim.SGD, lr=0.1), reduce_buffer_size=300, **options
     )
-    return held
+    return stored
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

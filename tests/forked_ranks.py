@@ -44,8 +44,8 @@ def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> No
 def _run(rank: int, size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     train_fsdp2_on_cpus()
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {key: str(value) for key, value in place.items()} | {"TORCHELASTIC_RUN_ID": "forked"}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {key: str(value) for key, value in variables.items()} | {"TORCHELASTIC_RUN_ID": "forked"}
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     function(*arguments)
     if dist.is_initialized():

@@ -188,8 +188,8 @@ class Kernel:
 
 
 def _opcodes(lines: list[str]) -> Counter[str]:
-    found = (re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", line) for line in lines)
-    return Counter(match[1] for match in found if match and match[1] != "NOP")
+    actual = (re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", line) for line in lines)
+    return Counter(match[1] for match in actual if match and match[1] != "NOP")
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ SPECS = [TensorSpec(name, (1000,), torch.float32) for name in "abc"]
 
 def write(out: Path, generation: int) -> None:
     files = {"generation": str(generation).encode()}
-    said = with_provenance(provenance("a test", []), files)
-    with writing(out, SPECS, Group.alone(), max_shard_size=4000, overwrite=True, **said) as writer:
+    messages = with_provenance(provenance("a test", []), files)
+    with writing(out, SPECS, Group.alone(), max_shard_size=4000, overwrite=True, **messages) as writer:
         for spec in SPECS:
             writer.write(whole_tensor(spec.name, spec.shape), torch.full(spec.shape, generation, dtype=torch.float32))
 
@@ -42,9 +42,9 @@ def write(out: Path, generation: int) -> None:
 def read(out: Path) -> int:
     """Return the generation that every file of an output is of."""
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    found = [load_file(out / file)[name] for name, file in index["weight_map"].items()]
-    (generation,) = {value for tensor in found for value in tensor.tolist()}
-    assert len(found) == 3 and (out / "generation").read_text() == str(int(generation))
+    actual = [load_file(out / file)[name] for name, file in index["weight_map"].items()]
+    (generation,) = {value for tensor in actual for value in tensor.tolist()}
+    assert len(actual) == 3 and (out / "generation").read_text() == str(int(generation))
     return int(generation)
 
 
@@ -72,13 +72,13 @@ def kill(out: Path, mode: str, chance: random.Random) -> dict[str, int]:
     write(out, 0)
     fork = multiprocessing.get_context("fork")
     seen: Counter[str] = Counter()
-    begun = 0
+    started = 0
     for _ in range(KILLS[mode]):
         receive, send = fork.Pipe(duplex=False)
-        process = fork.Process(target=write_for_ever, args=(out, begun + 1, mode, send))
+        process = fork.Process(target=write_for_ever, args=(out, started + 1, mode, send))
         process.start()
         send.close()
-        begun = receive.recv()
+        started = receive.recv()
         time.sleep(chance.uniform(0, 0.1))
         assert process.pid is not None
         if mode != "between":
@@ -86,17 +86,17 @@ def kill(out: Path, mode: str, chance: random.Random) -> dict[str, int]:
         process.join()
         while receive.poll():
             try:
-                begun = receive.recv()
+                started = receive.recv()
             except EOFError:
                 break
         seen["killed"] += process.exitcode == -signal.SIGKILL
         seen["hidden"] += len(list(out.parent.iterdir())) > 1
         if mode == "exchange" or out.exists():
-            seen["complete"] += read(out) <= begun
+            seen["complete"] += read(out) <= started
         else:
             seen["absent"] += 1
         remove_leftovers(out.parent, "out")
-        seen["complete afterwards"] += read(out) <= begun
+        seen["complete afterwards"] += read(out) <= started
         seen["left"] += list(out.parent.iterdir()) != [out]
     return seen
 

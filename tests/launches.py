@@ -70,13 +70,13 @@ def _flat(shapes: Sequence[Shape], rank: int) -> Iterator[tuple[int, int]]:
 
 def count(owned: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Return the launches of project and of combine for spans (start, elements)."""
-    found = [0, 0]
+    actual = [0, 0]
     for start, elements in owned:
         if elements:
             rows = Packed.empty(CANDIDATES, elements, start, BITS, torch.device("meta"))
-            found[0] += len(list(launches(rows, PROJECT[BITS].tiles))) + BESIDE
-            found[1] += len(list(launches(rows, COMBINE[BITS].tiles)))
-    return found[0], found[1]
+            actual[0] += len(list(launches(rows, PROJECT[BITS].tiles))) + BESIDE
+            actual[1] += len(list(launches(rows, COMBINE[BITS].tiles)))
+    return actual[0], actual[1]
 
 
 def table() -> Iterator[str]:

@@ -80,6 +80,6 @@ def data_place(model: nn.Module, rank: int, size: int) -> tuple[int, int]:
     """Which of how many parts of the data a rank sees: tensor-parallel ranks see the same."""
     for p in model.parameters():
         if isinstance(p, DTensor) and TP in (p.device_mesh.mesh_dim_names or ()):
-            together = p.device_mesh[TP].size()
-            return rank // together, size // together
+            combined = p.device_mesh[TP].size()
+            return rank // combined, size // combined
     return rank, size

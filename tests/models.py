@@ -171,8 +171,8 @@ def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = No
     if engine == "ddp":
         return DistributedDataParallel(model)
     if engine in zero.ENGINES:
-        held: nn.Module = zero.wrap(model, engine)
-        return held
+        stored: nn.Module = zero.wrap(model, engine)
+        return stored
     if engine in flattened.ENGINES:
         return flattened.wrap(model, engine)
     assert isinstance(model, Judged)

@@ -32,8 +32,8 @@ _LACKS = {
 
 def why_not(failure: str) -> str | None:
     """Return why this version of torch cannot do what a test asks for, if its failure says so; else None."""
-    found = [why for words, why in _LACKS.items() if all(word in failure for word in words)]
-    return f"torch {torch.__version__}: {found[0]}" if found and OLD else None
+    actual = [reason for words, reason in _LACKS.items() if all(word in failure for word in words)]
+    return f"torch {torch.__version__}: {actual[0]}" if actual and OLD else None
 
 
 def train_fsdp2_on_cpus() -> None:

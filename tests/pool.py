@@ -122,12 +122,12 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         while len(self._workers) < size:
-            here, there = context.Pipe()
+            working_directory, there = context.Pipe()
             stack = Path(self._directory.name) / f"stack-{self._calls}-{len(self._workers)}"
             process = context.Process(target=_work, args=(there, str(stack)), daemon=True)
             process.start()
             there.close()
-            self._workers.append(Worker(process, here, stack))
+            self._workers.append(Worker(process, working_directory, stack))
 
     def _collect(self, workers: list[Worker], deadline: float) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
@@ -174,13 +174,13 @@ def _num_threads(worker: Worker) -> int:
 
 def _summary(outcomes: "list[Outcome] | dict[int, Outcome]", late: list[int] | None = None) -> str:
     pairs = list(outcomes.items()) if isinstance(outcomes, dict) else list(enumerate(outcomes))
-    said = [f"rank {r} raised {type(o.error).__name__}: {o.error}" for r, o in pairs if o.error is not None]
+    messages = [f"rank {r} raised {type(o.error).__name__}: {o.error}" for r, o in pairs if o.error is not None]
     quiet = [str(r) for r, o in pairs if o.error is None]
     if quiet:
-        said.append(f"rank{'s' * (len(quiet) > 1)} {', '.join(quiet)} did not raise")
+        messages.append(f"rank{'s' * (len(quiet) > 1)} {', '.join(quiet)} did not raise")
     if late:
-        said.append(f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))} did not come back and were killed")
-    return "; ".join(said)
+        messages.append(f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))} did not come back and were killed")
+    return "; ".join(messages)
 
 
 def _where(rank: int, worker: Worker) -> str:

@@ -119,9 +119,9 @@ def train(
                 p.grad = gradient.clone()
             norm = torch.nn.utils.clip_grad_norm_(whole, config["max_weight_grad_norm"])
             factor = torch.stack([p.grad.norm() for p in whole if p.grad is not None]).norm() / norm
-            for one in (*x, *rows):
-                if one.grad is not None:
-                    one.grad *= factor  # projections are linear in the gradient
+            for parameter in (*x, *rows):
+                if parameter.grad is not None:
+                    parameter.grad *= factor  # projections are linear in the gradient
             result.norms.append(float(norm))
         if config.get("max_grad_norm"):
             torch.nn.utils.clip_grad_norm_([*x, *rows], config["max_grad_norm"])
@@ -179,15 +179,15 @@ def _group(name: str, members: list[str], candidates: Sequence[State], b: Tensor
 
 def _schmidt(w: Tensor) -> Tensor:
     """Gram-Schmidt on the columns, in order (TWA, ICLR 2023, Algorithm 1); dependent columns give no direction."""
-    found: list[Tensor] = []
+    actual: list[Tensor] = []
     for column in w.T:
         rest = column.clone()
         for _ in range(2):  # the second pass takes away what rounding left of the first
-            for direction in found:
+            for direction in actual:
                 rest = rest - (direction @ rest) * direction
         if rest.norm() > 1e-7 * column.norm():
-            found.append(rest / rest.norm())
-    return torch.stack(found, dim=1) if found else w[:, :0]
+            actual.append(rest / rest.norm())
+    return torch.stack(actual, dim=1) if actual else w[:, :0]
 
 
 def _principal(w: Tensor, keep: int | None) -> Tensor:

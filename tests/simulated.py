@@ -84,8 +84,8 @@ class Far(Tensor):
 
 
 def _to_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    wanted = [one.device if isinstance(one, Tensor) else one for one in (*args, *kwargs.values())]
-    return any(isinstance(one, torch.device | str) and torch.device(one).type == "cpu" for one in wanted)
+    wanted = [item.device if isinstance(item, Tensor) else item for item in (*args, *kwargs.values())]
+    return any(isinstance(item, torch.device | str) and torch.device(item).type == "cpu" for item in wanted)
 
 
 class Stream:
@@ -205,13 +205,13 @@ class Simulated(TorchDispatchMode):
         on_cpu = {"device": torch.device("cpu")} if kwargs.get("device") else {}
         out = function(*near_args, **{**near_kwargs, **on_cpu})
         known = {id(far.near): far for far in fars}  # what is changed in place is returned as it came
-        places = {far.near.untyped_storage().data_ptr(): far.memory for far in fars if far.nbytes}
+        positions = {far.near.untyped_storage().data_ptr(): far.memory for far in fars if far.nbytes}
         made: list[Memory] = []
 
         def wrapped(near: Tensor) -> Tensor:
             if id(near) in known:
                 return known[id(near)]
-            far = self.far(near, places.get(near.untyped_storage().data_ptr()))
+            far = self.far(near, positions.get(near.untyped_storage().data_ptr()))
             made.append(far.memory)
             return far
 

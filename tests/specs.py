@@ -9,8 +9,8 @@ from twa_scale.errors import CandidateError
 
 def found(spec: object) -> tuple[list[str], list[str]]:
     """The paths that are found, and what is said."""
-    said: list[str] = []
-    return [str(path) for path in find_sources(spec, 1, said.append)], said  # type: ignore[arg-type]
+    messages: list[str] = []
+    return [str(path) for path in find_sources(spec, 1, messages.append)], messages  # type: ignore[arg-type]
 
 
 def refused(spec: object) -> str:

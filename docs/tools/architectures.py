@@ -39,13 +39,13 @@ def stored(architecture: Architecture) -> str:
     config = getattr(transformers, architecture.config)(**architecture.settings)
     with torch.device("meta"):
         model = getattr(transformers, architecture.model)(config)
-    held = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-    rules = transformers_rules(model.named_modules(), {name: shape for name, (shape, _) in held.items()})
+    stored_tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    rules = transformers_rules(model.named_modules(), {name: shape for name, (shape, _) in stored_tensors.items()})
     assert rules
-    saved = rules.saved({name: Traced.stored(name, shape, dtype) for name, (shape, dtype) in held.items()})
-    cut = [name for name, tensor in saved.items() if tensor.origin() is None]
-    if cut:
-        words = "split, such as the experts" if any("expert" in name for name in cut) else "split"
+    saved = rules.saved({name: Traced.stored(name, shape, dtype) for name, (shape, dtype) in stored_tensors.items()})
+    unsupported = [name for name, tensor in saved.items() if tensor.origin() is None]
+    if unsupported:
+        words = "split, such as the experts" if any("expert" in name for name in unsupported) else "split"
         return f"{words}; some are transposed" if any(map(is_transposed, saved.values())) else words
     return "other names" if any(tensor.origin() != name for name, tensor in saved.items()) else "the same"
 
@@ -62,7 +62,9 @@ def is_transposed(tensor: Traced) -> bool:
 def main() -> None:
     """Write the page."""
     transformers.utils.logging.set_verbosity_error()
-    rows = [f"| {one.kind} | `{one.model}` | {stored(one)} |" for one in ARCHITECTURES]
+    rows = [
+        f"| {architecture.kind} | `{architecture.model}` | {stored(architecture)} |" for architecture in ARCHITECTURES
+    ]
     text = INTRODUCTION.format(count=len(ARCHITECTURES), version=transformers.__version__)
     PAGE.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
 

@@ -55,12 +55,12 @@ def page() -> str:
         table("RunConfig", {**run, "properties": added}, "Every key of [TwaConfig](#twaconfig), and:"),
         *(table(name, section) for name, section in run["$defs"].items()),
     ]
-    inside: Schema = {}
+    sections: Schema = {}
     for name, (_, options) in SHIPPED.items():
         schema = options.model_json_schema()
         parts.append(table(f"Task {name}", schema, f"`task: {{name: {name}, ...}}`."))
-        inside |= schema.get("$defs", {})
-    parts += [table(name, section) for name, section in inside.items() if "properties" in section]
+        sections |= schema.get("$defs", {})
+    parts += [table(name, section) for name, section in sections.items() if "properties" in section]
     return "\n".join(parts)
 
 

@@ -48,8 +48,8 @@ def concept() -> str:
     ]
     parts += [polyline([(75.0, 290.0), *path], "path")]
     for i, (x, y) in enumerate(path, 1):
-        below = y > 200
-        parts += [dot((x, y), "blue"), label((x, y + (24 if below else -14)), f"w{i}", "blue")]
+        is_below = y > 200
+        parts += [dot((x, y), "blue"), label((x, y + (24 if is_below else -14)), f"w{i}", "blue")]
     parts += [
         dot(mean, "orange"),
         label((mean[0] - 12, mean[1] + 5), "center", "orange", anchor="end"),
@@ -120,9 +120,9 @@ def memory() -> str:
     for i, (name, pieces) in enumerate(rows):
         y, x = 48 + 44 * i, float(left)
         parts.append(label((left - 12, y + 19), name, "ink", anchor="end"))
-        for what, size in pieces:
+        for part, size in pieces:
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="28" fill="var(--{colors[what]})"/>'
+                f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="28" fill="var(--{colors[part]})"/>'
             )
             x += size * scale
         parts.append(label((x + 8, y + 19), f"{sum(size for _, size in pieces):.1f}", "soft", anchor="start"))

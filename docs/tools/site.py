@@ -45,9 +45,9 @@ def options(command: str) -> str:
 
     from twa_scale.cli import app
 
-    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    command_object = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     rows = ["| argument or option | default | meaning |", "| --- | --- | --- |"]
-    for parameter in found.params:
+    for parameter in command_object.params:
         if parameter.name != "help" and not getattr(parameter, "hidden", False):
             rows.append("| " + " | ".join(_escaped(cell) for cell in _cells(parameter)) + " |")
     return "\n".join(rows)
@@ -58,10 +58,12 @@ def _cells(parameter: Any) -> tuple[str, str, str]:
     if parameter.param_type_name == "argument":
         names = [parameter.metavar or parameter.name.upper()]
     default = parameter.default
-    said = "" if default is None or default is False or callable(default) or default in ((), []) else f"`{default}`"
+    default_text = (
+        "" if default is None or default is False or callable(default) or default in ((), []) else f"`{default}`"
+    )
     if parameter.required:
-        said = "required"
-    return ", ".join(f"`{name}`" for name in names), said, " ".join((parameter.help or "").split())
+        default_text = "required"
+    return ", ".join(f"`{name}`" for name in names), default_text, " ".join((parameter.help or "").split())
 
 
 def _escaped(cell: str) -> str:

@@ -71,37 +71,41 @@ def compare(case: str, scratch: Path, count: int, repeat: int) -> None:
     write = write_adapters if case == "LoRA" else write_models
     config = CONFIGS["Llama" if case == "LoRA" else case]
     names, nbytes = write(config, scratch, count)
-    ours, theirs = scratch / "ours", scratch / "theirs"
+    own_out, mergekit_out = scratch / "ours", scratch / "theirs"
     merge = {"merge_method": "linear", "dtype": "float32", "out_dtype": "bfloat16"}
     models = [{"model": name, "parameters": {"weight": 1.0}} for name in names]
     (scratch / "merge.yaml").write_text(yaml.safe_dump({"models": models, **merge}))
-    mine, other = [], []
+    own_costs, mergekit_costs = [], []
     for _ in range(repeat):
-        for path in (ours, theirs, scratch / "cache"):
+        for path in (own_out, mergekit_out, scratch / "cache"):
             shutil.rmtree(path, ignore_errors=True)
-        mine.append(
+        own_costs.append(
             measured(
                 [
-                    *(sys.executable, "-m", "twa_scale", "average", str(scratch / "step-*"), "--out", str(ours)),
+                    *(sys.executable, "-m", "twa_scale", "average", str(scratch / "step-*"), "--out", str(own_out)),
                     *(("--space", "product") if case == "LoRA" else ()),
                 ]
             )
         )
-        other.append(
+        mergekit_costs.append(
             measured(
                 [
-                    *(str(Path(sys.executable).parent / "mergekit-yaml"), str(scratch / "merge.yaml"), str(theirs)),
+                    *(
+                        str(Path(sys.executable).parent / "mergekit-yaml"),
+                        str(scratch / "merge.yaml"),
+                        str(mergekit_out),
+                    ),
                     *("--no-copy-tokenizer", "--quiet"),
                     *("--lora-merge-cache", str(scratch / "cache"), "--lora-merge-dtype", "float32"),
                 ]
             )
         )
-    best, others_best = best_of(mine), best_of(other)
+    best, others_best = best_of(own_costs), best_of(mergekit_costs)
     equal = same_products if case == "LoRA" else same_models
     time_ratio, peak_ratio, own_ratio = (b / a for a, b in zip(best, others_best, strict=True))
     ratios = f"{time_ratio:.1f}, {peak_ratio:.1f} ({own_ratio:.1f})"
     cells = [case, f"{count}, {nbytes / 1e9:.2f} GB each", shown(best), shown(others_best), ratios]
-    print(f"| {' | '.join(cells)} | {equal(scratch, ours, theirs)} |", flush=True)
+    print(f"| {' | '.join(cells)} | {equal(scratch, own_out, mergekit_out)} |", flush=True)
 
 
 def best_of(costs: Sequence[Cost]) -> Cost:
@@ -150,19 +154,19 @@ def measured(command: Sequence[str]) -> Cost:
 
     The peak that `wait4` gives would count the memory that this process has when it starts the other one.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        peak = own = 0
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        peak = own_bytes = 0
         while process.poll() is None:
-            held = memory_of(process.pid)
-            peak, own = max(peak, held.get("VmHWM", 0)), max(own, held.get("RssAnon", 0))
+            resident = memory_of(process.pid)
+            peak, own_bytes = max(peak, resident.get("VmHWM", 0)), max(own_bytes, resident.get("RssAnon", 0))
             time.sleep(_POLL)
         seconds = time.perf_counter() - began
         if process.returncode:
-            said.seek(0)
-            raise SystemExit(f"{' '.join(command)}: {said.read().decode(errors='replace')}")
-    return Cost(seconds, peak, own)
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)}: {output.read().decode(errors='replace')}")
+    return Cost(seconds, peak, own_bytes)
 
 
 def memory_of(pid: int) -> dict[str, int]:
@@ -175,28 +179,28 @@ def memory_of(pid: int) -> dict[str, int]:
     return {name.rstrip(":"): int(size) << 10 for name, size, _ in sizes}
 
 
-def same_models(scratch: Path, ours: Path, theirs: Path) -> str:
+def same_models(scratch: Path, own_out: Path, mergekit_out: Path) -> str:
     """Compare what transformers loads: mergekit writes Mixtral with stacked experts, twa-scale as it is stored."""
-    return equality(loaded(ours), loaded(theirs))
+    return equality(loaded(own_out), loaded(mergekit_out))
 
 
-def same_products(scratch: Path, ours: Path, theirs: Path) -> str:
+def same_products(scratch: Path, own_out: Path, mergekit_out: Path) -> str:
     """Compare the model with the averaged adapter, added in float32, with the model that mergekit has written."""
     base = AutoModelForCausalLM.from_pretrained(scratch / "base" / "step-0", dtype=torch.float32)
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, ours).merge_and_unload()
-    return equality(merged.bfloat16().state_dict(), loaded(theirs))
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, own_out).merge_and_unload()
+    return equality(merged.bfloat16().state_dict(), loaded(mergekit_out))
 
 
 def loaded(directory: Path) -> dict[str, torch.Tensor]:
     model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(report.values()), report
-    found: dict[str, torch.Tensor] = model.state_dict()
-    return found
+    state_dict: dict[str, torch.Tensor] = model.state_dict()
+    return state_dict
 
 
-def equality(mine: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> str:
-    assert mine.keys() == others.keys(), mine.keys() ^ others.keys()
-    pairs = [(value, others[name]) for name, value in mine.items()]
+def equality(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> str:
+    assert first.keys() == second.keys(), first.keys() ^ second.keys()
+    pairs = [(value, second[name]) for name, value in first.items()]
     total = sum(a.numel() for a, _ in pairs)
     equal = sum(int((a == b).sum()) for a, b in pairs)
     if equal == total:

@@ -65,12 +65,12 @@ def compare(directory: Path, steps: int, ranks_per_pod: int, shape: Shape) -> di
                 out = directory / f"{mode}-{'slow' if link else 'free'}"
                 run_on(hosts, ranks_per_pod, mode, *common, f"--out={out}")
                 runs.append({"mode": mode, "slow": link is not None} | cost(out))
-    alone = directory / "alone"
-    subprocess.run(worker("alone", *common, f"--out={alone}"), check=True)
+    single = directory / "alone"
+    subprocess.run(worker("alone", *common, f"--out={single}"), check=True)
     for run in runs:
-        run["error"] = distance(directory / f"{run['mode']}-{'slow' if run['slow'] else 'free'}", alone)
-    known = json.loads((alone / "cost.json").read_text())
-    moved = distance(alone, directory / "mean")
+        run["error"] = distance(directory / f"{run['mode']}-{'slow' if run['slow'] else 'free'}", single)
+    known = json.loads((single / "cost.json").read_text())
+    moved = distance(single, directory / "mean")
     keys = {"parameters": known["parameters"], "coefficient_bytes": known["coefficient_bytes"], "moved": moved}
     link = {"megabits": shape.megabits, "milliseconds": shape.milliseconds}
     return {"candidates": NUM_CANDIDATES, "ranks_per_pod": ranks_per_pod, "link": link, **keys, "runs": runs}
@@ -95,10 +95,10 @@ def run_on(hosts: TwoHosts, ranks_per_pod: int, *words: str) -> None:
     """Run the worker on both hosts; when one rank fails the others are ended."""
     ranks = []
     for rank in range(2 * ranks_per_pod):
-        place = {"RANK": rank, "WORLD_SIZE": 2 * ranks_per_pod, "LOCAL_RANK": rank % ranks_per_pod}
+        variables = {"RANK": rank, "WORLD_SIZE": 2 * ranks_per_pod, "LOCAL_RANK": rank % ranks_per_pod}
         meeting = {"MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": DEVICE}
         meeting["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns that addresses have no names
-        environment = {**os.environ, **{key: str(value) for key, value in {**place, **meeting}.items()}}
+        environment = {**os.environ, **{key: str(value) for key, value in {**variables, **meeting}.items()}}
         ranks.append(subprocess.Popen(hosts.on(rank // ranks_per_pod, *worker(*words)), env=environment))
     try:
         failed = [process for process in ranks if process.wait()]
@@ -121,24 +121,27 @@ def cost(out: Path) -> dict[str, float]:
     return {**medians, "fastest": min(step["seconds"] for step in steps)}
 
 
-def distance(one: Path, other: Path) -> float:
+def distance(first: Path, second: Path) -> float:
     """Return the largest relative distance of a tensor, in norm."""
-    left, right = (load_file(path / "model.safetensors") for path in (one, other))
-    return max(float((left[name] - right[name]).norm() / right[name].norm()) for name in right)
+    first_weights, second_weights = (load_file(path / "model.safetensors") for path in (first, second))
+    return max(
+        float((first_weights[name] - second_weights[name]).norm() / second_weights[name].norm())
+        for name in second_weights
+    )
 
 
 def table(results: dict[str, Any]) -> Table:
     """Return one row for each run."""
     link = f"{results['link']['megabits']:g} Mbit/s, {results['link']['milliseconds']:g} ms"
     title = f"{results['parameters'] / 1e6:.1f} M parameters, 2 pods of {results['ranks_per_pod']}"
-    found = Table(title=title, caption="error: largest relative distance of a tensor from one process on all batches")
+    grid = Table(title=title, caption="error: largest relative distance of a tensor from one process on all batches")
     for column in ("", "link", "s / step", "fastest", "sent / step", "received / step", "error"):
-        found.add_column(column, justify="left" if column in ("", "link") else "right")
+        grid.add_column(column, justify="left" if column in ("", "link") else "right")
     for run in results["runs"]:
         sizes = [f"{run[key] / 1e3:,.1f} kB" for key in ("sent", "received")]
         row = (run["mode"], link if run["slow"] else "not limited", f"{run['seconds']:.2f}", f"{run['fastest']:.2f}")
-        found.add_row(*row, *sizes, f"{run['error']:.1e}")
-    return found
+        grid.add_row(*row, *sizes, f"{run['error']:.1e}")
+    return grid
 
 
 if __name__ == "__main__":

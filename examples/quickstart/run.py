@@ -45,8 +45,8 @@ def main() -> None:
         f"--keep={KEEP}", f"--every={EVERY}", f"--batches={batches}",
     )  # fmt: skip
     stage("2/3  the same from candidate files and a configuration, with deltas in 4 bits")
-    own = [f"candidates={out}/candidates/step-*", f"output={out / RUN}", seed]
-    torchrun("-m", "twa_scale", "run", CONFIG, *own, f"steps={arguments.extra}", f"evaluate_batches={batches}")
+    overrides = [f"candidates={out}/candidates/step-*", f"output={out / RUN}", seed]
+    torchrun("-m", "twa_scale", "run", CONFIG, *overrides, f"steps={arguments.extra}", f"evaluate_batches={batches}")
     stage("3/3  comparing on test files that were not used before")
     table(out, compare(out, arguments.steps, arguments.extra, batches))
     console.print(f"[dim]{time.perf_counter() - start:.0f} s in all[/]")

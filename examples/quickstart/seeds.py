@@ -93,10 +93,10 @@ def reading(rows: list[list[dict[str, Any]]]) -> str:
     """Say in words who won, seed by seed, so that no sentence can outlive its numbers."""
     pairs = {"TWA": ("uniform average", "EMA, best of four"), "TWA, then annealed": ("annealed", "decayed run")}
     sentences = []
-    for ours, others in pairs.items():
-        won = {other: sum(loss_of(run, ours) < loss_of(run, other) for run in rows) for other in others}
+    for own_values, others in pairs.items():
+        won = {other: sum(loss_of(run, own_values) < loss_of(run, other) for run in rows) for other in others}
         counts = " and ".join(f"than `{other}` in {count}" for other, count in won.items())
-        sentences.append(f"`{ours}` had a lower test loss {counts}")
+        sentences.append(f"`{own_values}` had a lower test loss {counts}")
     return f"Of {len(rows)} seeds, {'; '.join(sentences)}."
 
 

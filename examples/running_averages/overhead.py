@@ -47,8 +47,8 @@ class LanguageModel(pl.LightningModule):
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
         (tokens,) = batch
         mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
-        found = self.head(self.blocks(self.embed(tokens), mask=mask, is_causal=True))
-        return nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        logits = self.head(self.blocks(self.embed(tokens), mask=mask, is_causal=True))
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
@@ -77,14 +77,19 @@ class Measure(pl.Callback):
                 self.window.step()
         self.bema = twa_scale.RunningAverages(pl_module, ema={"bema": True})
         self.torch = AveragedModel(pl_module, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
-        whole = sum(tensor.nbytes for tensor in self.torch.state_dict().values())
-        self.nbytes = {"ema": self.ema.nbytes, "window": self.window.nbytes, "torch": whole, "lightning": whole}
+        total_bytes = sum(tensor.nbytes for tensor in self.torch.state_dict().values())
+        self.nbytes = {
+            "ema": self.ema.nbytes,
+            "window": self.window.nbytes,
+            "torch": total_bytes,
+            "lightning": total_bytes,
+        }
         self.nbytes["bema"] = self.bema.nbytes
         if BEMACallback is not None:
             self.trl = BEMACallback(update_freq=1, device=str(pl_module.device))
             self.trl.on_train_begin(None, None, None, pl_module)
-            held = [*self.trl.running_model.parameters(), *self.trl.theta0_params, *self.trl.ema_params]
-            self.nbytes["trl"] = sum(tensor.nbytes for tensor in held)
+            trl_tensors = [*self.trl.running_model.parameters(), *self.trl.theta0_params, *self.trl.ema_params]
+            self.nbytes["trl"] = sum(tensor.nbytes for tensor in trl_tensors)
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.begun = time.process_time()
@@ -102,9 +107,9 @@ class Measure(pl.Callback):
             state = SimpleNamespace(global_step=trainer.global_step)
             updates["trl"] = lambda: self.trl.on_step_end(None, state, None, pl_module)
         for name in random.sample(sorted(updates), len(updates)):
-            begun = time.process_time()
+            started = time.process_time()
             updates[name]()
-            self.seconds.setdefault(name, []).append(time.process_time() - begun)
+            self.seconds.setdefault(name, []).append(time.process_time() - started)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.report(sum(p.numel() for p in pl_module.parameters()))

@@ -76,21 +76,21 @@ def check(candidates: Sequence[Path], run: Path, exact: Path, bits: int) -> dict
     state = load_state(run).exported
     with ExitStack() as stack:
         read = [Checkpoint(path, stack) for path in (*candidates, run / "average", exact)]
-        found = {name: squares(name, read, state, bits) for name in read[0].slices}
-    weights = delta_weights(state.x, found)
+        totals = {name: squares(name, read, state, bits) for name in read[0].slices}
+    weights = delta_weights(state.x, totals)
     total = {
-        key: sqrt(sum(getattr(s, key) for s in found.values()))
+        key: sqrt(sum(getattr(s, key) for s in totals.values()))
         for key in ("center", "moved", "error", "exact", "rounding")
     }
-    total["predicted"] = sqrt(sum(s.predicted(weights[s.group]) for s in found.values()))
-    ratios = {name: sqrt(s.error / s.predicted(weights[s.group])) for name, s in found.items()}
-    merges = [sqrt(s.exact / s.rounding) for s in found.values()]
+    total["predicted"] = sqrt(sum(s.predicted(weights[s.group]) for s in totals.values()))
+    ratios = {name: sqrt(s.error / s.predicted(weights[s.group])) for name, s in totals.items()}
+    merges = [sqrt(s.exact / s.rounding) for s in totals.values()]
     return {
         "moved": total["moved"] / total["center"],
         "error": total["error"] / total["moved"],
         "predicted": total["predicted"] / total["moved"],
         "rounding": total["rounding"] / total["moved"],
-        "cosine": float((1 - torch.stack([s.lost for s in found.values()])).sqrt().mean()),
+        "cosine": float((1 - torch.stack([s.lost for s in totals.values()])).sqrt().mean()),
         "tensors": [min(ratios.values()), max(ratios.values())],
         "exact": [min(merges), max(merges)],
     }
@@ -102,13 +102,13 @@ def squares(name: str, read: Sequence[Checkpoint], state: AverageState, bits: in
     a = state.coefficients[:, group]
     files = [checkpoint.file_of[name] for checkpoint in read[: len(a)]]
     owners = torch.tensor([files.index(file) for file in files])
-    found = None
+    result = None
     for *rows, exported, exact in pieces(name, read):
         w = torch.stack(rows)
         center, merged = w.mean(0), a @ w
         deltas = w.sub_(center)
-        found = found or Squares(group, torch.zeros(len(a), dtype=torch.float64), lost(deltas, bits), owners)
-        found.deltas += deltas.square().sum(1)
+        result = result or Squares(group, torch.zeros(len(a), dtype=torch.float64), lost(deltas, bits), owners)
+        result.deltas += deltas.square().sum(1)
         for key, difference in {
             "center": center,
             "moved": merged - center,
@@ -116,9 +116,9 @@ def squares(name: str, read: Sequence[Checkpoint], state: AverageState, bits: in
             "exact": exact - merged,
             "rounding": merged.bfloat16().double() - merged,
         }.items():
-            setattr(found, key, getattr(found, key) + float(difference.square().sum()))
-    assert found is not None
-    return found
+            setattr(result, key, getattr(result, key) + float(difference.square().sum()))
+    assert result is not None
+    return result
 
 
 def pieces(name: str, read: Sequence[Checkpoint]) -> Iterator[list[torch.Tensor]]:
@@ -138,10 +138,10 @@ def lost(deltas: torch.Tensor, bits: int) -> torch.Tensor:
     return 1 - torch.cosine_similarity(rows.double(), kept.double()).square()
 
 
-def delta_weights(x: torch.Tensor, found: dict[str, Squares]) -> torch.Tensor:
+def delta_weights(x: torch.Tensor, totals: dict[str, Squares]) -> torch.Tensor:
     """Return u (G, n) of coefficients x (n, G): basis `normalized`, `units: delta`."""
     norms = torch.zeros(x.T.shape, dtype=torch.float64)
-    for s in found.values():
+    for s in totals.values():
         norms[s.group] += s.deltas
     norms.sqrt_()
     return x.T * norms.mean(1, keepdim=True) / norms

@@ -94,8 +94,8 @@ def candidates_of(shape: tuple[int, ...], n: int, seed: int, generator: torch.Ge
     for i, (lowrank, amount) in enumerate(amounts(n, seed)):
         torch.add(base, noise[i : i + numel].view(shape), alpha=amount, out=values)
         if matrix:
-            left, right = (torch.randn(size, RANK, generator=generator) for size in shape)
-            values.addmm_(left, right.T, alpha=lowrank / RANK**0.5)
+            a, b = (torch.randn(size, RANK, generator=generator) for size in shape)
+            values.addmm_(a, b.T, alpha=lowrank / RANK**0.5)
         yield values
 
 

@@ -97,7 +97,7 @@ def scale_run(root: Path, directory: Path, written: int, arguments: argparse.Nam
     with phase("merging the candidates with the same coefficients", "merge", seconds):
         python("-m", "twa_scale", "export", root / "run", "--out", root / "exact")
     with phase("checking what was exported", "check", seconds):
-        found = check(candidates, root / "run", root / "exact", bits)
+        checked = check(candidates, root / "run", root / "exact", bits)
     summary = json.loads((root / "run/summary.json").read_text())
     records = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
     trained = [record for record in records if "seconds" in record]
@@ -113,7 +113,7 @@ def scale_run(root: Path, directory: Path, written: int, arguments: argparse.Nam
         "plan": plan,
         "summary": summary,
         "seconds": seconds | {"attach": summary["attach_seconds"], "step": step, "export": summary["export_seconds"]},
-        "check": found,
+        "check": checked,
     }
 
 
@@ -135,17 +135,17 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     memory.add_row("published form: its basis alone, all ranks", f"{4 * n * parameters / 1e9:.1f}")
     yield memory
 
-    one = results["candidate_bytes"]
+    candidate_bytes = results["candidate_bytes"]
     times = Table(title="Time")
     for column in ("phase", "s", "GB", "GB/s"):
         times.add_column(column, justify="left" if column == "phase" else "right")
     for key, name, nbytes in [
-        ("write", "make and write the candidates", results["written"] * one),
+        ("write", "make and write the candidates", results["written"] * candidate_bytes),
         ("attach", "attach: read, once, and pack", sum(summary["bytes_read_per_rank"])),
         ("step", "a step, forward and backward included", 0),
-        ("export", "export", one),
-        ("merge", "exact merge, one process", n * one),
-        ("check", "check, one process", (n + 2) * one),
+        ("export", "export", candidate_bytes),
+        ("merge", "exact merge, one process", n * candidate_bytes),
+        ("check", "check, one process", (n + 2) * candidate_bytes),
     ]:
         if key not in seconds:
             continue
@@ -160,17 +160,19 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         times.add_row(f"of a step: {part}, rank 0", f"{cost['seconds']:.2f}", *rate)
     yield times
 
-    found = results["check"]
+    check_results = results["check"]
     checked = Table(title="The exported file against a merge in float64")
     checked.add_column("norms")
     checked.add_column("", justify="right")
     for name, value in {
-        "merged - center, of the center": f"{found['moved']:.2%}",
-        "exported - merged, of that": f"{found['error']:.2%}",
-        f"  predicted from {store}'s cosine of {found['cosine']:.4f}": f"{found['predicted']:.2%}",
-        "  of it, rounding to bfloat16": f"{found['rounding']:.2%}",
-        "  measured / predicted, by tensor": " to ".join(f"{ratio:.3f}" for ratio in found["tensors"]),
-        "`twa-scale export` - merged, of rounding alone": " to ".join(f"{ratio:.6f}" for ratio in found["exact"]),
+        "merged - center, of the center": f"{check_results['moved']:.2%}",
+        "exported - merged, of that": f"{check_results['error']:.2%}",
+        f"  predicted from {store}'s cosine of {check_results['cosine']:.4f}": f"{check_results['predicted']:.2%}",
+        "  of it, rounding to bfloat16": f"{check_results['rounding']:.2%}",
+        "  measured / predicted, by tensor": " to ".join(f"{ratio:.3f}" for ratio in check_results["tensors"]),
+        "`twa-scale export` - merged, of rounding alone": " to ".join(
+            f"{ratio:.6f}" for ratio in check_results["exact"]
+        ),
     }.items():
         checked.add_row(name, value)
     checked.add_section()
@@ -188,11 +190,11 @@ def phase(title: str, key: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[key] = time.perf_counter() - start
 
 
-def require(what: str, needed: int, free: int) -> None:
+def require(resource: str, needed: int, free: int) -> None:
     """Leave when there is too little room: a run that fails after an hour, or takes others with it, helps nobody."""
     if needed + SPARE > free:
         sys.exit(
-            f"{what}: {needed / 1e9:.1f} GB are needed beside {SPARE / 1e9:.1f} GB that are left to others, and "
+            f"{resource}: {needed / 1e9:.1f} GB are needed beside {SPARE / 1e9:.1f} GB that are left to others, and "
             f"{free / 1e9:.1f} GB are free. Make room, give another --scratch, or take --size 100m."
         )
 

@@ -51,9 +51,9 @@ def search(paths: list[Path], budget: int) -> tuple[list[float], float]:
     twa = twa_scale.attach(model, [str(path) for path in paths])
     print(f"attach: {time.perf_counter() - began:.2f} s, once")
     began = time.perf_counter()
-    found = twa_scale.search(twa, lambda: score(model), "sweep", budget=budget)
+    result = twa_scale.search(twa, lambda: score(model), "sweep", budget=budget)
     seconds = time.perf_counter() - began
-    return [one.score for one in found.evaluations], seconds / len(found.evaluations)
+    return [evaluation.score for evaluation in result.evaluations], seconds / len(result.evaluations)
 
 
 def merge(paths: list[Path], count: int, directory: Path) -> tuple[list[float], float]:

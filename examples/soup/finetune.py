@@ -74,12 +74,12 @@ def random_batches(token_counts: Tensor, batch_size: int, steps: int) -> list[Te
 
     Each epoch has another order. Of every eight batches in it, the examples are sorted by length.
     """
-    found: list[Tensor] = []
-    while len(found) < steps:
-        for some in torch.randperm(len(token_counts)).split(8 * batch_size):
-            batches = some[token_counts[some].argsort()].split(batch_size)
-            found += [batches[i] for i in torch.randperm(len(batches)).tolist() if len(batches[i]) == batch_size]
-    return found[:steps]
+    result: list[Tensor] = []
+    while len(result) < steps:
+        for chunk in torch.randperm(len(token_counts)).split(8 * batch_size):
+            batches = chunk[token_counts[chunk].argsort()].split(batch_size)
+            result += [batches[i] for i in torch.randperm(len(batches)).tolist() if len(batches[i]) == batch_size]
+    return result[:steps]
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def _read(archive: Path) -> list[list[str]]:
     with tarfile.open(archive) as outer:
         packed = next(member for member in outer if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=outer.extractfile(packed)) as inner:
-            found = next(member for member in inner if member.name.endswith(SENTENCES))
-            file = inner.extractfile(found)
+            member_of_sentences = next(member for member in inner if member.name.endswith(SENTENCES))
+            file = inner.extractfile(member_of_sentences)
             assert file is not None
             return list(csv.reader(TextIOWrapper(file, "utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE))

@@ -53,8 +53,8 @@ def main() -> None:
             f"--steps={arguments.steps}", f"--out={out}/finetune/run-{i}",
         )  # fmt: skip
     ingredients = sorted((out / "finetune").iterdir())
-    own = [f"task.model={ingredients[0]}", f"evaluate_batches={arguments.batches or 'null'}", "compare=false"]
-    python("-m", "twa_scale", "run", CONFIG, *settings, *own)
+    overrides = [f"task.model={ingredients[0]}", f"evaluate_batches={arguments.batches or 'null'}", "compare=false"]
+    python("-m", "twa_scale", "run", CONFIG, *settings, *overrides)
     average(ingredients, out / "baselines/uniform")
     on_validation = evaluate(out, settings, "validation", arguments.batches, ingredients)
     ranked = sorted(ingredients, key=lambda path: on_validation[str(path)]["loss"])

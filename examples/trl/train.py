@@ -39,10 +39,10 @@ def functions(modules: int) -> Iterator[tuple[str, str]]:
 
 def data_of(kind: str, modules: int) -> tuple[Dataset, Dataset]:
     """Return the data to train on, and every eighth example, which is held out."""
-    found = list(functions(modules))
+    result = list(functions(modules))
     rows: list[dict[str, str]] = []
-    for i, (prompt, text) in enumerate(found):
-        other = found[(i + 7) % len(found)][1]
+    for i, (prompt, text) in enumerate(result):
+        other = result[(i + 7) % len(result)][1]
         answer = {"completion": text} if kind == "sft" else {"chosen": text, "rejected": other}
         rows.append({"prompt": prompt, **answer})
     held_out = rows[::8]

@@ -11,8 +11,8 @@ _HEAD = 2048  # bytes at either end of a file, where headers and directories are
 
 
 def _place(raw: bytearray, chance: random.Random) -> int:
-    near = chance.choice((0, max(0, len(raw) - _HEAD), None, None))
-    return chance.randrange(len(raw)) if near is None else min(len(raw) - 1, near + chance.randrange(_HEAD))
+    resident = chance.choice((0, max(0, len(raw) - _HEAD), None, None))
+    return chance.randrange(len(raw)) if resident is None else min(len(raw) - 1, resident + chance.randrange(_HEAD))
 
 
 def flip_bits(raw: bytearray, chance: random.Random) -> None:
@@ -60,9 +60,9 @@ def remove(raw: bytearray, chance: random.Random) -> None:
 
 def edit_text(raw: bytearray, chance: random.Random) -> None:
     """Replace one character of the readable parts by another, as an editor would."""
-    places = [i for i in range(min(len(raw), 4 * _HEAD)) if chr(raw[i]).isalnum() or raw[i] in b'{}[]":,']
-    if places:
-        raw[chance.choice(places)] = chance.choice(b'0123456789abcXYZ{}[]":,-.')
+    positions = [i for i in range(min(len(raw), 4 * _HEAD)) if chr(raw[i]).isalnum() or raw[i] in b'{}[]":,']
+    if positions:
+        raw[chance.choice(positions)] = chance.choice(b'0123456789abcXYZ{}[]":,-.')
 
 
 IN_FILE: list[Callable[[bytearray, random.Random], None]] = [

@@ -136,7 +136,7 @@ def header_bytes(path: Path) -> int:
 
 def stored_bytes(original: Path, damaged: Path, values: Values) -> Values:
     """Return what `damaged` holds where the tensors of `original` are: the data of safetensors have no checksum."""
-    found = dict(values)
+    actual = dict(values)
     for file in original.glob("*.safetensors"):
         other = damaged / file.name
         raw = other.read_bytes() if other.is_file() else b""
@@ -146,8 +146,8 @@ def stored_bytes(original: Path, damaged: Path, values: Values) -> Values:
             if name in values and raw:
                 start, stop = entry["data_offsets"]
                 shape, dtype, _ = values[name]
-                found[name] = (shape, dtype, raw[begin + start : begin + stop])
-    return found
+                actual[name] = (shape, dtype, raw[begin + start : begin + stop])
+    return actual
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ def fork(function: Callable[..., Any], *arguments: Any) -> int:
 
 def ended(child: int, seconds: float) -> int | None:
     """Return the exit code of a fork; None when it lives on after so many seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         number, status = os.waitpid(child, os.WNOHANG)
         if number:
             return os.waitstatus_to_exitcode(status)
@@ -66,8 +66,8 @@ class Transformers:
         train_transformers.train("plain", directory, resume, **options)
 
     def whole(self, directory: Path) -> list[Path]:
-        found = [path.parent for path in directory.glob("checkpoint-*/averages-00000-of-00001.pt")]
-        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        actual = [path.parent for path in directory.glob("checkpoint-*/averages-00000-of-00001.pt")]
+        return sorted(actual, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def kept(self, checkpoint: Path) -> dict[str, Any]:
         """Return what a checkpoint holds."""
@@ -103,17 +103,17 @@ class Lightning:
         trainer.fit(train_lightning.Module(), data(), data(), ckpt_path=whole[-1] if whole else None)
 
     def whole(self, directory: Path) -> list[Path]:
-        found = []
+        actual = []
         for path in directory.glob("step=*.ckpt"):
             try:
-                found.append((torch.load(path, weights_only=True)["global_step"], path))
+                actual.append((torch.load(path, weights_only=True)["global_step"], path))
             except (RuntimeError, EOFError, UnpicklingError):
                 continue
-        return [path for _, path in sorted(found)]
+        return [path for _, path in sorted(actual)]
 
     def kept(self, checkpoint: Path) -> dict[str, Any]:
-        held = torch.load(checkpoint, weights_only=True)
-        return {key: held[key] for key in ("state_dict", "twa_scale", "optimizer_states", "global_step")}
+        stored = torch.load(checkpoint, weights_only=True)
+        return {key: stored[key] for key in ("state_dict", "twa_scale", "optimizer_states", "global_step")}
 
     def left(self, directory: Path) -> dict[str, Any]:
         return {"learned": torch.load(directory / "average/average.ckpt", weights_only=True)["state_dict"]}
@@ -144,8 +144,8 @@ class Accelerate:
 
     def kept(self, checkpoint: Path) -> dict[str, Any]:
         files = [path for path in checkpoint.rglob("*") if path.suffix == ".pt" or path.name == "optimizer.bin"]
-        held = {path.name: torch.load(path, weights_only=True) for path in files}
-        return held | {"weights": load_file(checkpoint / "model.safetensors")}
+        stored = {path.name: torch.load(path, weights_only=True) for path in files}
+        return stored | {"weights": load_file(checkpoint / "model.safetensors")}
 
     def left(self, directory: Path) -> dict[str, Any]:
         learned: dict[str, Any] = torch.load(directory / "learned.pt", weights_only=True)

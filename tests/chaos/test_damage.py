@@ -80,11 +80,11 @@ def run(made: Format, originals: Path, directory: Path, seeds: range) -> None:
         for seed in seeds:
             copy = directory / f"copy-{seed}"
             shutil.copytree(original, copy)
-            what = damage(copy, seed)
+            name = damage(copy, seed)
             outcome = outcome_of(made, original, copy, others, expected)
             outcomes[outcome.partition(":")[0]] += 1
             if outcome.startswith("WRONG"):
-                failures.append(f"seed {seed} ({what}): {outcome}")
+                failures.append(f"seed {seed} ({name}): {outcome}")
             shutil.rmtree(copy)
     print(f"{originals.name}: seeds {seeds.start} to {seeds.stop - 1}: {dict(outcomes)}")
     assert not failures, "\n".join(failures)
@@ -94,7 +94,7 @@ def run(made: Format, originals: Path, directory: Path, seeds: range) -> None:
 def outcome_of(made: Format, original: Path, copy: Path, others: list[Path], expected: Any) -> str:
     try:
         with time_limit():
-            found = made.read(copy, others)
+            actual = made.read(copy, others)
     except TwaError as error:
         if str(copy) not in str(error):
             return f"WRONG: the message does not name the file: {error}"
@@ -105,10 +105,10 @@ def outcome_of(made: Format, original: Path, copy: Path, others: list[Path], exp
         if isinstance(error, KeyboardInterrupt):
             raise
         return f"WRONG: {type(error).__name__}: {error}"
-    if made.has_checksum is None and layout(found) == layout(expected):
-        return "equal" if found == expected else "data differ"
+    if made.has_checksum is None and layout(actual) == layout(expected):
+        return "equal" if actual == expected else "data differ"
     wanted = expected if made.has_checksum else stored_bytes(original, copy, expected)
-    return "equal" if found == wanted else "WRONG: other values were read"
+    return "equal" if actual == wanted else "WRONG: other values were read"
 
 
 def layout(values: Any) -> Any:

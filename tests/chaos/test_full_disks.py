@@ -76,7 +76,7 @@ def filled(work: Work, root: Path, chance: random.Random, seconds: float) -> Ite
         yield Disk(root / "work", mount=root, filling=timer)
 
 
-WAYS = {way.__name__: contextmanager(way) for way in (limited, small, filled)}
+WAYS = {method.__name__: contextmanager(method) for method in (limited, small, filled)}
 
 
 @pytest.mark.chaos
@@ -88,24 +88,24 @@ def test_full(ranks: Pool, works: dict[str, Work], tmp_path: Path, name: str, ch
     ranks(attempt, size, work=work, directory=tmp_path)
     seconds = time.monotonic() - started
     refused = Counter(dict.fromkeys(WAYS, 0))
-    for number, way in product(range(CASES[name]), WAYS):
-        chance = random.Random(f"{chaos_seed} {name} {way} {number}")
-        with WAYS[way](work, tmp_path / f"{way}-{number}", chance, seconds) as disk:
+    for number, method in product(range(CASES[name]), WAYS):
+        chance = random.Random(f"{chaos_seed} {name} {method} {number}")
+        with WAYS[method](work, tmp_path / f"{method}-{number}", chance, seconds) as disk:
             before = work.found(disk.directory)
             outcomes = ranks.outcomes(attempt, size, work=work, directory=disk.directory, limit=disk.limit)
             disk.relieve()
             if all(outcome.error is None for outcome in outcomes):
                 work.check_done(disk.directory, is_full=True)
             else:
-                refused[way] += 1
+                refused[method] += 1
                 require_named(outcomes, disk.directory)
                 work.check_kept(before, disk.directory)
                 assert not [path.name for path in disk.directory.iterdir() if ".tmp-" in path.name]
-            again = time.monotonic()
+            repeated = time.monotonic()
             ranks(attempt, size, work=work, directory=disk.directory)
-            seconds = time.monotonic() - again
+            seconds = time.monotonic() - repeated
             work.check_done(disk.directory, is_full=True)
-    table = ", ".join(f"{way} {count} of {CASES[name]}" for way, count in refused.items())
+    table = ", ".join(f"{kind} {count} of {CASES[name]}" for kind, count in refused.items())
     print(f"\n{name}: seed {chaos_seed}: errors of disks: {table}; {time.monotonic() - started:.0f} s")
     assert refused.total() >= CASES[name] / 2
 
@@ -123,5 +123,5 @@ def _sizes(directory: Path) -> list[int]:
 
 
 def _used(disk: Path) -> int:
-    found = os.statvfs(disk)
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
+    actual = os.statvfs(disk)
+    return (actual.f_blocks - actual.f_bfree) * actual.f_frsize

@@ -43,23 +43,28 @@ def test_missing_at_random_moments(two_ranks: TrainingOnRanks, tmp_path: Path, c
 
 
 def trial(
-    work: TrainingOnRanks, directory: Path, job: int, how: signal.Signals, usual: list[dict[str, Usual]], seed: int
+    work: TrainingOnRanks,
+    directory: Path,
+    job: int,
+    signal_number: signal.Signals,
+    usual: list[dict[str, Usual]],
+    seed: int,
 ) -> tuple[str, float]:
     """Return how it went, and the seconds from the signal to the end of the other rank."""
     chance = random.Random(f"{seed} {job}")
-    who = job % 2
-    aim = chance.choice(sorted(usual[who]))
-    moment = Moment.of(aim, usual[who][aim], chance)
+    failed_rank = job % 2
+    aim = chance.choice(sorted(usual[failed_rank]))
+    moment = Moment.of(aim, usual[failed_rank][aim], chance)
     hasty = replace(work, changes={**work.changes, "timeout": TIMEOUT})
     work.prepare(directory)
     victims = start(hasty, directory, job)
-    missing, other = victims[who], victims[1 - who]
+    missing, other = victims[failed_rank], victims[1 - failed_rank]
     try:
         reached = missing.reach(moment)
-        phase = missing.stop(how) if reached else ""
-        since = time.monotonic()
-        code = other.ended(TIMEOUT + (LATE if who == 0 else SOON))
-        took = time.monotonic() - since
+        phase = missing.stop(signal_number) if reached else ""
+        start_time = time.monotonic()
+        code = other.ended(TIMEOUT + (LATE if failed_rank == 0 else SOON))
+        took = time.monotonic() - start_time
     finally:
         missing.kill()
         other.kill()
@@ -69,9 +74,14 @@ def trial(
     elif code == 0:
         outcome = NONE_WAITED
     else:
-        said = f"rank {who} of job {job}, {how.name} in {phase}: the other ended with {code}: {other.said}"
-        assert code == 2 and other.said.startswith(f"RankError: rank {1 - who} could not complete a collective"), said
-        assert f"rank {who}" in other.said, said
+        description = (
+            f"rank {failed_rank} of job {job}, {signal_number.name} in {phase}: "
+            f"the other ended with {code}: {other.said}"
+        )
+        assert code == 2 and other.said.startswith(
+            f"RankError: rank {1 - failed_rank} could not complete a collective"
+        ), description
+        assert f"rank {failed_rank}" in other.said, description
     before = work.found(directory)
     to_the_end(work, directory, job)
     work.check_kept(before, directory)
@@ -88,4 +98,4 @@ def to_the_end(work: TrainingOnRanks, directory: Path, job: int) -> list[Victim]
 def start(work: TrainingOnRanks, directory: Path, job: int) -> list[Victim]:
     shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     own = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    return [Victim(work.do, directory, phases=work.phases, environment=shared | mine) for mine in own]
+    return [Victim(work.do, directory, phases=work.phases, environment=shared | local) for local in own]

@@ -133,15 +133,15 @@ class Victim:
         try:
             if not self._pipe.poll(seconds):
                 return False
-            what, phase, now = self._pipe.recv()
+            name, phase, current = self._pipe.recv()
         except (EOFError, OSError):
             return False
-        match what:
+        match name:
             case "enter":
-                self._entered[phase].append(now)
+                self._entered[phase].append(current)
                 self._phase = phase
             case "leave":
-                self._seconds[phase].append(now - self._entered[phase][-1])
+                self._seconds[phase].append(current - self._entered[phase][-1])
                 self._phase = ELSEWHERE
             case "error":
                 self.said = phase

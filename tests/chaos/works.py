@@ -107,26 +107,26 @@ class Training(Work):
         return OnDisk(step, _average(directory / "average"), [json.dumps(line) for line in kept])
 
     def check_kept(self, before: OnDisk, directory: Path) -> None:
-        now = self.found(directory)
-        assert now.step >= before.step
-        assert set(before.records) <= set(now.records)
+        current = self.found(directory)
+        assert current.step >= before.step
+        assert set(before.records) <= set(current.records)
         assert (directory / NOTE).read_text() == "mine"
-        assert _same(now.average, before.average) or _same(now.average, _average(self.whole / "average"))
+        assert _same(current.average, before.average) or _same(current.average, _average(self.whole / "average"))
 
     def check_done(self, directory: Path, *, is_full: bool = False) -> None:
         assert torch.equal(state_of(directory)["twa"]["x"], state_of(self.whole)["twa"]["x"])
         assert _same(_average(directory / "average"), _average(self.whole / "average"))
         assert load_state(directory).finished and (directory / NOTE).read_text() == "mine"
         assert _names(directory) - {NOTE} == _names(self.whole) - {NOTE}
-        told, wanted = (
+        messages, wanted = (
             [{key: value for key, value in line.items() if key != "seconds"} for line in lines(output)]
             for output in (directory, self.whole)
         )
         if is_full:  # what could not be written down is lost, and what was is right
-            assert [line for line in wanted if line in told] == told
+            assert [line for line in wanted if line in messages] == messages
         else:
-            assert told == wanted
-            points: list[object] = [(line["step"], pytest.approx(line["loss"])) for line in told if "loss" in line]
+            assert messages == wanted
+            points: list[object] = [(line["step"], pytest.approx(line["loss"])) for line in messages if "loss" in line]
             assert _board(directory) == points
 
 
@@ -166,8 +166,8 @@ class Merge(Work):
         return _average(directory / "out")
 
     def check_kept(self, before: Tensors | None, directory: Path) -> None:
-        now = self.found(directory)
-        assert now is not None and (_same(now, before) or _same(now, _average(self.whole / "out")))
+        current = self.found(directory)
+        assert current is not None and (_same(current, before) or _same(current, _average(self.whole / "out")))
 
     def check_done(self, directory: Path, *, is_full: bool = False) -> None:
         assert _same(_average(directory / "out"), _average(self.whole / "out"))
@@ -212,9 +212,9 @@ class Snapshotting(Work):
         return {int(path.name.removeprefix("step-")) for path in directory.glob("step-*")}
 
     def check_kept(self, before: set[int], directory: Path) -> None:
-        now = self.found(directory)
-        assert self.keep_last is not None and set(sorted(before | now)[-self.keep_last :]) <= now
-        for step in now:
+        current = self.found(directory)
+        assert self.keep_last is not None and set(sorted(before | current)[-self.keep_last :]) <= current
+        for step in current:
             name = f"step-{step:08d}"
             assert _same(load(directory / name), load(self.whole / name)), name
 

@@ -12,7 +12,7 @@ from tests.commands import material
 
 
 @dataclass
-class Brought:
+class TrainedCandidates:
     """A task section, and the glob of candidates that were trained on it."""
 
     task: dict[str, Any]
@@ -20,27 +20,27 @@ class Brought:
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Brought:
+def text(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     directory = tmp_path_factory.mktemp("text")
     files = {"config.json": b'{"model_type": "byte_gpt"}', "tokenizer.json": b"{}"}
-    return Brought(material.TEXT, material.train_candidates(material.TEXT, directory, files=files))
+    return TrainedCandidates(material.TEXT, material.train_candidates(material.TEXT, directory, files=files))
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Brought:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     directory = tmp_path_factory.mktemp("digits")
     task = material.digits(directory / "digits.npz")
-    return Brought(task, material.train_candidates(task, directory))
+    return TrainedCandidates(task, material.train_candidates(task, directory))
 
 
 @pytest.fixture(scope="session")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> Brought:
+def scores(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     directory = tmp_path_factory.mktemp("scores")
-    return Brought(material.SCORES, material.train_candidates(material.SCORES, directory))
+    return TrainedCandidates(material.SCORES, material.train_candidates(material.SCORES, directory))
 
 
 @dataclass
-class Said:
+class CommandResult:
     """How a command ended."""
 
     code: int
@@ -49,29 +49,31 @@ class Said:
 
 
 @pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
+def shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., CommandResult]]:
     """Type a command: `shell("inspect", path, "--json")`, with what the console script does, in this process."""
     from twa_scale.cli import main
 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("RANK", raising=False)
 
-    def type_(*words: object) -> Said:
+    def type_(*words: object) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["twa-scale", *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, said.err)
+        result = capsys.readouterr()
+        return CommandResult(int(ended.value.code or 0), result.out, result.err)
 
     yield type_
 
 
 @pytest.fixture
-def copied(text: Brought, tmp_path: Path) -> Brought:
+def copied(text: TrainedCandidates, tmp_path: Path) -> TrainedCandidates:
     """The text candidates where they may be spoiled."""
     for path in Path(text.candidates).parent.glob("step-*"):
         (tmp_path / "mine" / path.name).mkdir(parents=True)
         for file in path.iterdir():
             (tmp_path / "mine" / path.name / file.name).write_bytes(file.read_bytes())
-    return Brought(text.task, str(tmp_path / "mine" / "step-*"))
+    return TrainedCandidates(text.task, str(tmp_path / "mine" / "step-*"))

@@ -112,9 +112,9 @@ def digits(path: Path) -> dict[str, Any]:
     """Write the digits; return the task section."""
     images, labels = load_digits()
     images = (images * 15.9).astype(np.uint8).reshape(-1, 1, 8, 8)
-    cuts = {"train": slice(0, 480), "validation": slice(480, 640)}
-    arrays = {f"{s}_images": images[cut] for s, cut in cuts.items()} | {
-        f"{s}_labels": labels[cut] for s, cut in cuts.items()
+    parts = {"train": slice(0, 480), "validation": slice(480, 640)}
+    arrays = {f"{s}_images": images[part] for s, part in parts.items()} | {
+        f"{s}_labels": labels[indices] for s, indices in parts.items()
     }
     np.savez(path, **arrays)
     return {"name": "image_classification", "model": "tests.commands.material:convnet", "data": str(path)}

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.commands import material
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import load, run_here, settings
 from tests.pool import Pool
 from tests.sums import averaged
@@ -24,21 +24,21 @@ def states(candidates: str) -> list[dict[str, torch.Tensor]]:
     return [load(path) for path in sorted(pattern.parent.glob(pattern.name))]
 
 
-def step_paths(brought: Brought) -> list[Path]:
-    return sorted(Path(brought.candidates).parent.glob("step-*"))
+def step_paths(trained_candidates: TrainedCandidates) -> list[Path]:
+    return sorted(Path(trained_candidates.candidates).parent.glob("step-*"))
 
 
 def expected(candidates: str, weights: list[float]) -> dict[str, torch.Tensor]:
-    found = states(candidates)
-    kept = {name: value for name, value in found[-1].items() if not value.is_floating_point()}
-    return averaged(weights, found) | kept
+    actual = states(candidates)
+    kept = {name: value for name, value in actual[-1].items() if not value.is_floating_point()}
+    return averaged(weights, actual) | kept
 
 
 def check(out: Path, candidates: str, weights: list[float], rtol: float = 1e-6) -> None:
-    wanted, found = expected(candidates, weights), load(out)
-    assert found.keys() == wanted.keys()
+    wanted, actual = expected(candidates, weights), load(out)
+    assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name].double(), value.double(), rtol=rtol, atol=rtol * 0.1)
+        torch.testing.assert_close(actual[name].double(), value.double(), rtol=rtol, atol=rtol * 0.1)
 
 
 @pytest.mark.parametrize(
@@ -55,26 +55,28 @@ def check(out: Path, candidates: str, weights: list[float], rtol: float = 1e-6) 
         ("last", [0, 0, 1]),
     ],
 )
-def test_named_weights(digits: Brought, tmp_path: Path, shell: Any, name: str, weights: list[float]) -> None:
-    said = shell("average", digits.candidates, "--weights", name, "--out", tmp_path / "out")
-    assert said.code == 0, said.err
+def test_named_weights(digits: TrainedCandidates, tmp_path: Path, shell: Any, name: str, weights: list[float]) -> None:
+    result = shell("average", digits.candidates, "--weights", name, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
     check(tmp_path / "out", digits.candidates, weights)
-    told = [float(line.split()[0]) for line in said.out.splitlines()[:3]]
-    assert told == pytest.approx(weights, abs=1e-6) and "average of 3 candidates" in said.out
+    messages = [float(line.split()[0]) for line in result.out.splitlines()[:3]]
+    assert messages == pytest.approx(weights, abs=1e-6) and "average of 3 candidates" in result.out
 
 
-def test_explicit_weights(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_explicit_weights(digits: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     paths = sorted(Path(digits.candidates).parent.glob("step-*"))
     words = [f"{path}:{weight}" for path, weight in zip(paths, ["0.7", "-.2", "5e-1"], strict=True)]
-    said = shell("average", *words, "--out", tmp_path / "out")
-    assert said.code == 0, said.err
+    result = shell("average", *words, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
     check(tmp_path / "out", digits.candidates, [0.7, -0.2, 0.5])
 
 
-def test_weights_of_another_sum_than_one(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_weights_of_another_sum_than_one(digits: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     words = [f"{path}:{weight}" for path, weight in zip(step_paths(digits), ["1", " 3", "4 "], strict=True)]
-    said = shell("average", *words, "--out", tmp_path / "out")
-    assert said.code == 2 and "sum 8" in said.err and "--normalize" in said.err and not (tmp_path / "out").exists()
+    result = shell("average", *words, "--out", tmp_path / "out")
+    assert (
+        result.code == 2 and "sum 8" in result.err and "--normalize" in result.err and not (tmp_path / "out").exists()
+    )
     assert shell("average", *words, "--normalize", "--out", tmp_path / "out").code == 0
     check(tmp_path / "out", digits.candidates, [1 / 8, 3 / 8, 1 / 2])
     with pytest.raises(
@@ -88,7 +90,7 @@ def test_weights_of_another_sum_than_one(digits: Brought, tmp_path: Path, shell:
 
 
 @pytest.mark.parametrize(
-    ("weights", "options", "said"),
+    ("weights", "options", "message"),
     [
         (["1", "-1", "0"], ["--normalize"], "sum 0"),
         (["-1", "-2", "-3"], ["--normalize"], "positive"),
@@ -104,24 +106,24 @@ def test_weights_of_another_sum_than_one(digits: Brought, tmp_path: Path, shell:
     ],
 )
 def test_weights_that_are_refused(
-    digits: Brought, tmp_path: Path, shell: Any, weights: list[str] | None, options: list[str], said: str
+    digits: TrainedCandidates, tmp_path: Path, shell: Any, weights: list[str] | None, options: list[str], message: str
 ) -> None:
     paths = step_paths(digits)
     words = paths if weights is None else [f"{path}:{weight}" for path, weight in zip(paths, weights, strict=True)]
     answer = shell("average", *words, *options, "--out", tmp_path / "out")
-    assert answer.code == 2 and said in answer.err and not (tmp_path / "out").exists()
+    assert answer.code == 2 and message in answer.err and not (tmp_path / "out").exists()
 
 
-def test_colon_in_a_file_name_is_not_a_weight(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_colon_in_a_file_name_is_not_a_weight(digits: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     for name, path in zip(("a:1", "b:2"), sorted(Path(digits.candidates).parent.glob("step-*")), strict=False):
         (tmp_path / name).symlink_to(path)
-    said = shell("average", tmp_path / "a:1", tmp_path / "b:2", "--out", tmp_path / "out")
-    assert said.code == 0, said.err
-    said = shell("average", f"{tmp_path / 'a:1'}:1", f"{tmp_path / 'b:2'}:0", "--out", tmp_path / "out2")
-    assert said.code == 0, said.err
+    result = shell("average", tmp_path / "a:1", tmp_path / "b:2", "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    result = shell("average", f"{tmp_path / 'a:1'}:1", f"{tmp_path / 'b:2'}:0", "--out", tmp_path / "out2")
+    assert result.code == 0, result.err
 
 
-def test_type_shards_and_overwriting(text: Brought, tmp_path: Path, shell: Any) -> None:
+def test_type_shards_and_overwriting(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     words = ("average", text.candidates, "--out", tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "20kB")
     assert shell(*words).code == 0
     check(tmp_path / "out", text.candidates, [1 / 3] * 3, rtol=1e-2)
@@ -129,25 +131,25 @@ def test_type_shards_and_overwriting(text: Brought, tmp_path: Path, shell: Any) 
     assert (tmp_path / "out/model.safetensors.index.json").exists() and (tmp_path / "out/tokenizer.json").exists()
     for file in (tmp_path / "out").glob("*.safetensors"):
         assert file.stat().st_size < 20_000 or len(load_file(file)) == 1
-    said = shell(*words)
-    assert said.code == 2 and "not empty" in said.err
+    result = shell(*words)
+    assert result.code == 2 and "not empty" in result.err
     assert shell("average", text.candidates, "--out", tmp_path / "out", "--overwrite").code == 0
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     check(tmp_path / "out", text.candidates, [1 / 3] * 3)
 
 
-def test_one_candidate_is_itself(text: Brought, tmp_path: Path, shell: Any) -> None:
+def test_one_candidate_is_itself(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     path = sorted(Path(text.candidates).parent.glob("step-*"))[0]
     assert shell("average", path, "--out", tmp_path / "out").code == 0
-    found = load(tmp_path / "out")
-    assert all(torch.equal(found[name], value) for name, value in load(path).items())
+    actual = load(tmp_path / "out")
+    assert all(torch.equal(actual[name], value) for name, value in load(path).items())
 
 
 def average_on_ranks(candidates: str, out: Path) -> None:
     average_fixed([candidates], out, "ema:0.5", max_shard_size="20kB")
 
 
-def test_several_ranks_share_the_work(ranks: Pool, text: Brought, tmp_path: Path) -> None:
+def test_several_ranks_share_the_work(ranks: Pool, text: TrainedCandidates, tmp_path: Path) -> None:
     ranks(average_on_ranks, 3, candidates=text.candidates, out=tmp_path / "out")
     check(tmp_path / "out", text.candidates, [1 / 7, 2 / 7, 4 / 7])
 
@@ -155,10 +157,10 @@ def test_several_ranks_share_the_work(ranks: Pool, text: Brought, tmp_path: Path
 # inspect
 
 
-def test_inspect_matches_numpy(digits: Brought, tmp_path: Path, shell: Any) -> None:
-    said = shell("inspect", digits.candidates, "--json", "--plot", tmp_path / "cosines.png")
-    assert said.code == 0, said.err
-    found = json.loads(said.out)
+def test_inspect_matches_numpy(digits: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+    result = shell("inspect", digits.candidates, "--json", "--plot", tmp_path / "cosines.png")
+    assert result.code == 0, result.err
+    actual = json.loads(result.out)
     rows = [
         np.concatenate([v.double().numpy().ravel() for _, v in sorted(s.items()) if v.is_floating_point()])
         for s in states(digits.candidates)
@@ -166,31 +168,31 @@ def test_inspect_matches_numpy(digits: Brought, tmp_path: Path, shell: Any) -> N
     flat = np.stack(rows)
     deltas = flat - flat.mean(0)
     lengths = np.linalg.norm(deltas, axis=1)
-    np.testing.assert_allclose(found["norms"], np.linalg.norm(flat, axis=1), rtol=1e-5)
-    np.testing.assert_allclose(found["delta_norms"], lengths, rtol=1e-5)
-    np.testing.assert_allclose(found["cosines"], deltas @ deltas.T / np.outer(lengths, lengths), atol=1e-5)
-    np.testing.assert_allclose(found["distances"], np.linalg.norm(flat[:, None] - flat[None], axis=2), atol=1e-4)
+    np.testing.assert_allclose(actual["norms"], np.linalg.norm(flat, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(actual["delta_norms"], lengths, rtol=1e-5)
+    np.testing.assert_allclose(actual["cosines"], deltas @ deltas.T / np.outer(lengths, lengths), atol=1e-5)
+    np.testing.assert_allclose(actual["distances"], np.linalg.norm(flat[:, None] - flat[None], axis=2), atol=1e-4)
     state = states(digits.candidates)[0]
-    assert found["tensors"] == [len(state)] * 3
-    assert found["elements"] == [sum(value.numel() for value in state.values())] * 3
-    assert found["dtypes"] == ["float32, int64"] * 3
+    assert actual["tensors"] == [len(state)] * 3
+    assert actual["elements"] == [sum(value.numel() for value in state.values())] * 3
+    assert actual["dtypes"] == ["float32, int64"] * 3
     assert (tmp_path / "cosines.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_inspect_as_a_table(digits: Brought, shell: Any) -> None:
-    said = shell("inspect", digits.candidates)
-    assert said.code == 0 and "reading" not in said.out
+def test_inspect_as_a_table(digits: TrainedCandidates, shell: Any) -> None:
+    result = shell("inspect", digits.candidates)
+    assert result.code == 0 and "reading" not in result.out
     for path in Path(digits.candidates).parent.glob("step-*"):
-        assert path.name in said.out
+        assert path.name in result.out
 
 
-def test_inspect_of_equal_candidates_and_of_one(digits: Brought, shell: Any) -> None:
+def test_inspect_of_equal_candidates_and_of_one(digits: TrainedCandidates, shell: Any) -> None:
     path = sorted(Path(digits.candidates).parent.glob("step-*"))[0]
     for words in ([path, path], [path]):
-        said = shell("inspect", *words, "--json")
-        found = json.loads(said.out)
-        assert said.code == 0 and found["delta_norms"] == [0] * len(words)
-        assert all(cosine is None for row in found["cosines"] for cosine in row)
+        result = shell("inspect", *words, "--json")
+        actual = json.loads(result.out)
+        assert result.code == 0 and actual["delta_norms"] == [0] * len(words)
+        assert all(cosine is None for row in actual["cosines"] for cosine in row)
         assert shell("inspect", *words).code == 0
 
 
@@ -198,14 +200,16 @@ def test_inspect_of_equal_candidates_and_of_one(digits: Brought, shell: Any) -> 
 
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("ddp", 2)])
-def test_plan_matches_the_run(ranks: Pool, text: Brought, tmp_path: Path, shell: Any, engine: str, size: int) -> None:
+def test_plan_matches_the_run(
+    ranks: Pool, text: TrainedCandidates, tmp_path: Path, shell: Any, engine: str, size: int
+) -> None:
     config = tmp_path / "run.yaml"
     data = settings(text.candidates, text.task, tmp_path / "out", engine=engine, steps=1)
     config.write_text(yaml.safe_dump(data))
-    said = shell("plan", config, "--ranks", size, "--json", "store=dense16")
-    assert said.code == 0, said.err
+    result = shell("plan", config, "--ranks", size, "--json", "store=dense16")
+    assert result.code == 0, result.err
     assert not (tmp_path / "out").exists()
-    planned = json.loads(said.out)
+    planned = json.loads(result.out)
     summary = ranks(run_here, size, data=data | {"store": "dense16"})[0]
     elements = sum(value.numel() for value in states(text.candidates)[0].values())
     assert (
@@ -233,7 +237,7 @@ def test_plan_counts_every_byte_that_is_read(ranks: Pool, tmp_path: Path, shell:
     assert planned["bytes_read"] == max(ranks(run_here, size, data=data)[0]["bytes_read_per_rank"])
 
 
-def test_plan_scales_with_the_ranks(text: Brought, tmp_path: Path, shell: Any) -> None:
+def test_plan_scales_with_the_ranks(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(text.candidates, text.task, tmp_path / "out", batch_size=64)))
     plans = [json.loads(shell("plan", config, "--ranks", ranks, "--json").out) for ranks in (1, 8, 64)]
@@ -243,9 +247,13 @@ def test_plan_scales_with_the_ranks(text: Brought, tmp_path: Path, shell: Any) -
     assert plans[1]["bytes_read"] < plans[0]["bytes_read"] / 7
 
 
-def test_plan_of_batchnorm_and_of_a_custom_task(digits: Brought, scores: Brought, tmp_path: Path, shell: Any) -> None:
-    for brought in (digits, scores):
+def test_plan_of_batchnorm_and_of_a_custom_task(
+    digits: TrainedCandidates, scores: TrainedCandidates, tmp_path: Path, shell: Any
+) -> None:
+    for trained_candidates in (digits, scores):
         config = tmp_path / "run.yaml"
-        config.write_text(yaml.safe_dump(settings(brought.candidates, brought.task, tmp_path / "out")))
-        said = shell("plan", config, "--json")
-        assert said.code == 0 and json.loads(said.out)["notes"] == []
+        config.write_text(
+            yaml.safe_dump(settings(trained_candidates.candidates, trained_candidates.task, tmp_path / "out"))
+        )
+        result = shell("plan", config, "--json")
+        assert result.code == 0 and json.loads(result.out)["notes"] == []

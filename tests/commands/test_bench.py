@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import settings
 from tests.pool import Pool
 from twa_scale import ConfigError
@@ -41,22 +41,22 @@ def test_json_counts_every_byte() -> None:
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     finally:
         torch.set_num_threads(threads)
-    found = json.loads(result.output)
-    assert found["threads"] == 1 and found["elements"] == m
+    actual = json.loads(result.output)
+    assert actual["threads"] == 1 and actual["elements"] == m
     deltas = {"dense32": 4 * n * m, "dense16": 2 * n * m}
     for name, size in deltas.items():
-        parts = {row["what"]: row for row in found["stores"][name]}
+        parts = {row["what"]: row for row in actual["stores"][name]}
         assert parts["project"]["nbytes"] == size + 4 * m
         assert parts["combine"]["nbytes"] == size + 8 * m
         assert parts["update"]["nbytes"] == parts["project"]["nbytes"] + parts["combine"]["nbytes"]
-    for row in [*found["memory"], *found["others"], *found["stores"]["packed4"]]:
+    for row in [*actual["memory"], *actual["others"], *actual["stores"]["packed4"]]:
         assert row["seconds"] > 0 and row["rate"] == pytest.approx(row["nbytes"] / row["seconds"])
-    assert {"AdamW(fused=True)", "published project", "published combine"} <= {row["what"] for row in found["others"]}
+    assert {"AdamW(fused=True)", "published project", "published combine"} <= {row["what"] for row in actual["others"]}
 
 
 def test_a_table() -> None:
-    found = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
-    assert bench_table(found).row_count == 2 + 3 + 4 + 2
+    actual = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
+    assert bench_table(actual).row_count == 2 + 3 + 4 + 2
     by_row = run_bench(["packed1"], 1001, 2, None, "torch", CPU, row_length=100)
     assert [row.what for row in by_row.stores["packed1"][3:]] == ["project, rows of 100", "combine, rows of 100"]
 
@@ -70,17 +70,17 @@ def test_stores_that_cannot_be_measured_are_refused(store: str, kernels: str) ->
 def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
     n, m = 3, 30_000
     names = ["packed4", "dense32", "mapped"]
-    found = {row.what: row for row in run_streaming(names, m, n, "auto", CPU, tmp_path)}
-    for what in ("plain read", *(f"attach, {name}" for name in names)):
-        assert 2 * n * m < found[what].nbytes < 2 * n * m + n * 500 and found[what].seconds > 0
-    for what in ("copy", "copy and sync", "export and sync"):
-        assert 2 * n * m < found[what].nbytes < 2 * n * m + n * 500
-    for what in ("read all, copy one and sync", "merge and sync"):
-        assert 2 * (n + 1) * m < found[what].nbytes < 2 * (n + 1) * m + (n + 1) * 500
+    actual = {row.what: row for row in run_streaming(names, m, n, "auto", CPU, tmp_path)}
+    for label in ("plain read", *(f"attach, {name}" for name in names)):
+        assert 2 * n * m < actual[label].nbytes < 2 * n * m + n * 500 and actual[label].seconds > 0
+    for label in ("copy", "copy and sync", "export and sync"):
+        assert 2 * n * m < actual[label].nbytes < 2 * n * m + n * 500
+    for label in ("read all, copy one and sync", "merge and sync"):
+        assert 2 * (n + 1) * m < actual[label].nbytes < 2 * (n + 1) * m + (n + 1) * 500
     assert not list(tmp_path.iterdir())
     small = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
-    assert bench_table(small, list(found.values())).row_count == 2 + 3 + 4 + 2 + 9
-    assert len(json.loads(bench_json(small, list(found.values())))["streaming"]) == 9
+    assert bench_table(small, list(actual.values())).row_count == 2 + 3 + 4 + 2 + 9
+    assert len(json.loads(bench_json(small, list(actual.values())))["streaming"]) == 9
 
 
 def measure_on_a_rank() -> int:
@@ -94,7 +94,7 @@ def test_all_ranks_make_equally_many_calls(ranks: Pool) -> None:
 
 
 @pytest.fixture
-def config(text: Brought, tmp_path: Path) -> Path:
+def config(text: TrainedCandidates, tmp_path: Path) -> Path:
     """Return the configuration of a run."""
     path = tmp_path / "run.json"
     path.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out", store="packed8")))
@@ -111,34 +111,38 @@ def seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def test_a_step_of_a_configuration(config: Path, tmp_path: Path) -> None:
-    said = found(config, "groups=tensor", "--ranks", 2, "--streaming", tmp_path)
+    result = found(config, "groups=tensor", "--ranks", 2, "--streaming", tmp_path)
     plan = make_plan(validated(RunConfig, json.loads(config.read_text())), 2)
     assert plan.num_groups > 1
-    run, n = said["run"], plan.num_candidates
-    assert run["elements"] == run["measured"] == said["elements"] == plan.local_elements < plan.trained_elements
-    assert said["candidates"] == n and list(said["stores"]) == list(run["stores"]) == ["packed8"]
-    step, measured = seconds(run["stores"]["packed8"]), seconds(said["stores"]["packed8"])
+    run, n = result["run"], plan.num_candidates
+    assert run["elements"] == run["measured"] == result["elements"] == plan.local_elements < plan.trained_elements
+    assert result["candidates"] == n and list(result["stores"]) == list(run["stores"]) == ["packed8"]
+    step, measured = seconds(run["stores"]["packed8"]), seconds(result["stores"]["packed8"])
     assert step["project"] == measured["project"] and step["combine"] == measured["combine"]
     parts = ("project", "reduction over 1 ranks", "coefficient step", "combine")
     assert step["step"] == pytest.approx(sum(step[part] for part in parts))
-    rates = {row["what"]: row["rate"] for row in said["streaming"]}
+    rates = {row["what"]: row["rate"] for row in result["streaming"]}
     assert step["attach"] == pytest.approx(plan.bytes_read / rates["attach, packed8"])
     nbytes = {row["what"]: row["nbytes"] for row in run["stores"]["packed8"]}
     assert nbytes["reduction over 1 ranks"] == 8 * (n + 1) * plan.num_groups
     # The same tensors are timing, so that the blocks of every tensor are counted, tails and all.
-    for row in said["stores"]["packed8"][:2]:
+    for row in result["stores"]["packed8"][:2]:
         assert nbytes[row["what"]] == row["nbytes"]
 
 
 def test_fewer_elements_are_scaled_up(config: Path) -> None:
     plan = make_plan(validated(RunConfig, json.loads(config.read_text())), 1)
-    said = found(config, "--elements", 1000, "--stores", "dense32,dense16")
-    assert (said["elements"], said["run"]["measured"], said["run"]["elements"]) == (1000, 1000, plan.local_elements)
+    output = found(config, "--elements", 1000, "--stores", "dense32,dense16")
+    assert (output["elements"], output["run"]["measured"], output["run"]["elements"]) == (
+        1000,
+        1000,
+        plan.local_elements,
+    )
     for store, bytes_of_delta in (("dense32", 4), ("dense16", 2)):
-        step, measured = seconds(said["run"]["stores"][store]), seconds(said["stores"][store])
+        step, measured = seconds(output["run"]["stores"][store]), seconds(output["stores"][store])
         assert step["project"] == pytest.approx(measured["project"] * plan.local_elements / 1000)
-        assert step["coefficient step"] == said["coefficients"]["seconds"]
-        project, *_, combine, _ = said["run"]["stores"][store]
+        assert step["coefficient step"] == output["coefficients"]["seconds"]
+        project, *_, combine, _ = output["run"]["stores"][store]
         assert project["nbytes"] == (bytes_of_delta * plan.num_candidates + 4) * plan.local_elements
         assert combine["nbytes"] == (bytes_of_delta * plan.num_candidates + 8) * plan.local_elements
     result = CliRunner().invoke(app, ["bench", str(config), "--elements", "1000"], catch_exceptions=False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import twa_scale
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import as_launched, run_here, settings
 from tests.commands.test_keep import candidates, measured_by_hand, records
 from tests.pool import Pool
@@ -31,16 +31,16 @@ def test_averages_are_few_and_differ() -> None:
 
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
-def test_the_best_is_taken(ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int) -> None:
+def test_the_best_is_taken(ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int) -> None:
     """The center is a candidate far from the others, so something else is better."""
     changes: dict[str, Any] = {"engine": engine, "center": "first", "evaluate_batches": None, "steps": 1}
     data = settings(scores.candidates, scores.task, tmp_path, **changes, start="best")
     ranks(run_here, size, data=data)
-    held = candidates(scores)
+    stored = candidates(scores)
     losses = {}
-    for name in averages(len(held), "first"):
-        weights = center_weights(parse_center("first" if name == "center" else name), len(held))
-        losses[name] = measured_by_hand(scores, averaged(weights, held))
+    for name in averages(len(stored), "first"):
+        weights = center_weights(parse_center("first" if name == "center" else name), len(stored))
+        losses[name] = measured_by_hand(scores, averaged(weights, stored))
     assert records(tmp_path)[0] == pytest.approx(min(losses.values()), rel=1e-5)
     assert min(losses.values()) < losses["center"] - 1e-3
 
@@ -56,7 +56,9 @@ class Lines(Report):
         self.said.append(text)
 
 
-def test_the_best_three_of_a_part_of_the_batches_are_evaluated_on_all(scores: Brought, tmp_path: Path) -> None:
+def test_the_best_three_of_a_part_of_the_batches_are_evaluated_on_all(
+    scores: TrainedCandidates, tmp_path: Path
+) -> None:
     changes: dict[str, Any] = {"center": "first", "evaluate_batches": 8, "start": "best", "batch_size": 4}
     config = validated(RunConfig, settings(scores.candidates, scores.task, tmp_path, **changes))
     report, parts, wholes = Lines(), dict[str, float](), dict[str, float]()
@@ -93,7 +95,9 @@ class Beginning(Report):
 
 
 @pytest.mark.parametrize("changes", [{"start": "best"}, {"steps": 6}])
-def test_the_cost_of_a_step_has_no_other_work(scores: Brought, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_cost_of_a_step_has_no_other_work(
+    scores: TrainedCandidates, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=1, compare=False)
     if "steps" in changes:
         run_here(data)  # a run that is continued loads a state, and writes its weights
@@ -112,11 +116,11 @@ def test_the_cost_of_a_step_has_no_other_work(scores: Brought, tmp_path: Path, c
 
 
 def states(n: int) -> list[dict[str, torch.Tensor]]:
-    found = []
+    actual = []
     for i in range(n):
         torch.manual_seed(i)
-        found.append(nn.Linear(3, 2).state_dict())
-    return found
+        actual.append(nn.Linear(3, 2).state_dict())
+    return actual
 
 
 def test_start_from_is_exact_and_trains_on() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands.conftest import Brought, Said
+from tests.commands.conftest import CommandResult, TrainedCandidates
 from tests.commands.material import by_hand, load, run_here
 from tests.pool import Pool
 from twa_scale.config import load_config
@@ -31,11 +31,11 @@ ELSEWHERE = {"quickstart", "soup", "zero3", "scale"}  # by `make`, below, under 
 
 @pytest.mark.parametrize("config", [*CONFIGS, ROOT / "configs/deepspeed.json"], ids=lambda path: path.name)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpi", "slurm"])
-def test_it_is_understood(shell: Callable[..., Said], config: Path, launcher: str) -> None:
+def test_it_is_understood(shell: Callable[..., CommandResult], config: Path, launcher: str) -> None:
     loaded = load_config(config)
     assert loaded.candidates and loaded.task.name
-    said = shell("launch", "--with", launcher, config, "--ranks-per-node", 2, "--dry-run")
-    assert said.code == 0 and str(config) in shlex.split(said.out), said.err
+    result = shell("launch", "--with", launcher, config, "--ranks-per-node", 2, "--dry-run")
+    assert result.code == 0 and str(config) in shlex.split(result.out), result.err
 
 
 def test_each_is_run_somewhere() -> None:
@@ -43,12 +43,16 @@ def test_each_is_run_somewhere() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_runs(name: str, ranks: Pool, text: Brought, digits: Brought, tmp_path: Path) -> None:
+def test_it_runs(name: str, ranks: Pool, text: TrainedCandidates, digits: TrainedCandidates, tmp_path: Path) -> None:
     """Only what names the user's files, and the sizes, are changed; the method stays the file's."""
     size, kind = RUNS[name]
-    brought = {"text": text, "digits": digits}[kind]
+    trained_candidates = {"text": text, "digits": digits}[kind]
     settings: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-    settings |= {"candidates": brought.candidates, "task": brought.task, "output": str(tmp_path / "out")}
+    settings |= {
+        "candidates": trained_candidates.candidates,
+        "task": trained_candidates.task,
+        "output": str(tmp_path / "out"),
+    }
     settings |= {"steps": 3, "batch_size": 8, "micro_batch_size": 2, "evaluate_every": 2, "evaluate_batches": 1}
     settings |= {"evaluate_split": "validation", "recalibrate_batches": 4}
     settings.pop("epochs", None)
@@ -56,8 +60,8 @@ def test_it_runs(name: str, ranks: Pool, text: Brought, digits: Brought, tmp_pat
     assert summary["steps"] == 3 and summary["ranks"] == size
     exported = load(tmp_path / "out" / "average")
     tolerance = 2e-2 if settings.get("store") in ("dense16", "packed8") else 1e-4
-    for tensor, want in by_hand(brought.candidates, tmp_path / "out").items():
-        assert (exported[tensor].double() - want).norm() <= tolerance * want.norm(), tensor
+    for tensor, expected in by_hand(trained_candidates.candidates, tmp_path / "out").items():
+        assert (exported[tensor].double() - expected).norm() <= tolerance * expected.norm(), tensor
 
 
 @pytest.mark.slow
@@ -73,6 +77,6 @@ def test_the_soup_of_pretrained_transformers(tmp_path: Path) -> None:
     forked = [sys.executable, "-m", "tests.forked_programs", *map(str, command)]
     subprocess.run(forked, check=True, cwd=ROOT)
     average = load_file(tmp_path / "twa/average/model.safetensors")
-    for name, want in by_hand(f"{tmp_path}/finetune/*", tmp_path / "twa").items():
-        assert (average[name].double() - want).norm() <= 1e-5 * want.norm(), name
+    for name, expected in by_hand(f"{tmp_path}/finetune/*", tmp_path / "twa").items():
+        assert (average[name].double() - expected).norm() <= 1e-5 * expected.norm(), name
     assert (tmp_path / "twa/average/tokenizer.json").exists()

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from tests import zero
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import by_hand, load, run_here, state_of
 from tests.pool import Pool
 from twa_scale.config import RunConfig, load_config, validated
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"steps": 4, "batch_size": 8, "micro_batch_size": 1, "evaluate_batches": 2, "groups": "block"}
 
 
-def settings(text: Brought, output: Path, **more: Any) -> dict[str, Any]:
+def settings(text: TrainedCandidates, output: Path, **more: Any) -> dict[str, Any]:
     return {"candidates": text.candidates, "task": text.task, "output": str(output), **STEPS, **more}
 
 
@@ -41,15 +41,17 @@ def run_all(runs: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_every_stage_ends_where_fsdp2_does(ranks: Pool, text: Brought, tmp_path: Path, precision: str) -> None:
+def test_every_stage_ends_where_fsdp2_does(
+    ranks: Pool, text: TrainedCandidates, tmp_path: Path, precision: str
+) -> None:
     engines = ("fsdp2", "zero1", "zero2", "zero3")
     runs = [settings(text, tmp_path / engine, engine=engine, precision=precision) for engine in engines]
     ranks(run_all, 2, timeout=400, runs=runs)
-    want = load(tmp_path / "fsdp2" / "average")
+    expected = load(tmp_path / "fsdp2" / "average")
     for engine in ("zero1", "zero2", "zero3"):
         weights = load(tmp_path / engine / "average")
         if precision == "float32":
-            close(weights, want)
+            close(weights, expected)
         for name, value in by_hand(text.candidates, tmp_path / engine).items():
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
         metrics = [json.loads((tmp_path / e / "summary.json").read_text())["evaluation"] for e in ("fsdp2", engine)]
@@ -69,16 +71,16 @@ def write_json(path: Path, twa: dict[str, Any]) -> Path:
     return path
 
 
-def test_what_the_launcher_of_deepspeed_adds_is_ignored(text: Brought, tmp_path: Path, shell: Any) -> None:
+def test_what_the_launcher_of_deepspeed_adds_is_ignored(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     path = write_json(tmp_path / "ds.json", settings(text, tmp_path / "run"))
     words = ("run", "--print-config", "--deepspeed", "--deepspeed_config", path, "steps=2")
-    said = shell("--local_rank=1", *words)
-    config = validated(RunConfig, yaml.safe_load(said.out))
-    assert said.code == 0 and config.steps == 2 and config.engine == "zero3" and config.candidates == text.candidates
+    result = shell("--local_rank=1", *words)
+    config = validated(RunConfig, yaml.safe_load(result.out))
+    assert result.code == 0 and config.steps == 2 and config.engine == "zero3" and config.candidates == text.candidates
 
 
 @pytest.mark.slow
-def test_one_json_under_the_launcher_of_deepspeed(text: Brought, tmp_path: Path) -> None:
+def test_one_json_under_the_launcher_of_deepspeed(text: TrainedCandidates, tmp_path: Path) -> None:
     path = write_json(tmp_path / "ds.json", settings(text, tmp_path / "run"))
     command = ["launch/deepspeed.sh", "--deepspeed", "--deepspeed_config", str(path), "steps=2"]
     variables = {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -93,7 +95,7 @@ def test_one_json_under_the_launcher_of_deepspeed(text: Brought, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(ranks: Pool, text: Brought, tmp_path: Path) -> None:
+def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(ranks: Pool, text: TrainedCandidates, tmp_path: Path) -> None:
     whole, parts = (settings(text, tmp_path / name, checkpoint_every=2) for name in ("whole", "parts"))
     ranks(run_here, 2, data={**whole, "engine": "fsdp2"})
     task = {"name": "tests.commands.test_deepspeed:stopping", "text": text.task, "after": 2 * 2 + 2}
@@ -129,16 +131,16 @@ def of(**data: Any) -> RunConfig:
 
 def test_deepspeeds_numbers_follow_from_the_run() -> None:
     config = of(engine="zero2", batch_size=24, micro_batch_size=2, deepspeed={"gradient_clipping": 0.0})
-    found = zero_settings(config, 2, 3)
-    assert found["train_micro_batch_size_per_gpu"] == 2 and found["gradient_accumulation_steps"] == 4
-    assert found["train_batch_size"] == 24 and found["zero_optimization"]["stage"] == 2
-    assert "torch_autocast" not in found and found["gradient_clipping"] == 0.0
+    actual = zero_settings(config, 2, 3)
+    assert actual["train_micro_batch_size_per_gpu"] == 2 and actual["gradient_accumulation_steps"] == 4
+    assert actual["train_batch_size"] == 24 and actual["zero_optimization"]["stage"] == 2
+    assert "torch_autocast" not in actual and actual["gradient_clipping"] == 0.0
     half = of(engine="zero3", precision="bfloat16")
     assert zero_settings(half, 3, 1)["torch_autocast"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         ({"train_micro_batch_size_per_gpu": 4}, "micro_batch_size"),
         ({"train_batch_size": 7}, "batch_size"),
@@ -146,9 +148,9 @@ def test_deepspeeds_numbers_follow_from_the_run() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_numbers_that_disagree_are_refused(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        zero_settings(of(engine="zero3", batch_size=24, micro_batch_size=2, deepspeed=given), 3, 3)
+def test_numbers_that_disagree_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        zero_settings(of(engine="zero3", batch_size=24, micro_batch_size=2, deepspeed=options), 3, 3)
 
 
 def test_a_json_of_deepspeed_is_a_run(tmp_path: Path) -> None:
@@ -157,8 +159,8 @@ def test_a_json_of_deepspeed_is_a_run(tmp_path: Path) -> None:
     assert config.deepspeed is not None and config.deepspeed["bf16"] == {"enabled": False}
     path = tmp_path / "ds.json"
     wrong: list[object] = [{"stage": 0}, None, []]
-    for given in wrong:
-        path.write_text(json.dumps({"twa": {}, "zero_optimization": given}))
+    for inputs in wrong:
+        path.write_text(json.dumps({"twa": {}, "zero_optimization": inputs}))
         with pytest.raises(ConfigError, match=r"zero_optimization\.stage"):
             load_config(path)
     with pytest.raises(ConfigError, match=r"deepspeed: 'bf16' has to be a mapping"):

@@ -194,5 +194,5 @@ def test_an_output_that_cannot_be_made(ranks: Pool, tmp_path: Path, engine: str)
     messages = ranks(export_twice, 2, engine=engine, bad=tmp_path / "file/out", good=tmp_path / "good")
     assert len(set(messages)) == 1 and "file/out" in messages[0]
     mean = {name: torch.stack([s[name] for s in states()]).mean(0) for name in states()[0]}
-    found = load_file(tmp_path / "good/model.safetensors")
-    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in mean.items())
+    actual = load_file(tmp_path / "good/model.safetensors")
+    assert all(torch.allclose(actual[name], value, atol=1e-6) for name, value in mean.items())

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import by_hand, load, run_here, settings
 from tests.pool import Pool
 from tests.states import values_of_rows
@@ -36,28 +36,28 @@ def summary_of(output: Path) -> dict[str, Any]:
     return summary
 
 
-def measured_by_hand(brought: Brought, weights: dict[str, torch.Tensor]) -> float:
+def measured_by_hand(trained_candidates: TrainedCandidates, weights: dict[str, torch.Tensor]) -> float:
     """The loss on the whole validation split."""
-    task = build_task(validated(TaskConfig, brought.task))
+    task = build_task(validated(TaskConfig, trained_candidates.task))
     model, data = task.model(), task.dataset("validation")
     model.load_state_dict({name: value.float() for name, value in weights.items()})
     total, count = task.metrics(model.eval(), stack([data[i] for i in range(len(data))]))["loss"]
     return total.item() / count
 
 
-def candidates(brought: Brought) -> list[dict[str, torch.Tensor]]:
-    pattern = Path(brought.candidates)
+def candidates(trained_candidates: TrainedCandidates) -> list[dict[str, torch.Tensor]]:
+    pattern = Path(trained_candidates.candidates)
     return [load(path) for path in sorted(pattern.parent.glob(pattern.name))]
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_exported_step(scores: Brought, tmp_path: Path, shell: Any, keep: str) -> None:
+def test_exported_step(scores: TrainedCandidates, tmp_path: Path, shell: Any, keep: str) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
         yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", **WILD, evaluate_batches=None))
     )
-    said = shell("run", config, f"keep={keep}")
-    assert said.code == 0, said.err
+    result = shell("run", config, f"keep={keep}")
+    assert result.code == 0, result.err
     losses, summary = records(tmp_path / "out"), summary_of(tmp_path / "out")
     best = min(losses, key=losses.__getitem__)
     assert best == 0 and losses[4] > 1.5 * losses[0]
@@ -67,21 +67,23 @@ def test_exported_step(scores: Brought, tmp_path: Path, shell: Any, keep: str) -
     for name, value in by_hand(scores.candidates, tmp_path / "out").items():
         torch.testing.assert_close(exported[name].double(), value, rtol=1e-5, atol=1e-6)
     assert measured_by_hand(scores, exported) == pytest.approx(losses[step], rel=1e-5)
-    told = json.loads((tmp_path / "out/average/twa_scale.json").read_text())["coefficients"]
-    assert told == load_state(tmp_path / "out").exported.coefficients.tolist()
+    messages = json.loads((tmp_path / "out/average/twa_scale.json").read_text())["coefficients"]
+    assert messages == load_state(tmp_path / "out").exported.coefficients.tolist()
     assert "No step was better than the start on the validation split. Try a lower optimizer.lr" in " ".join(
-        said.err.split()
+        result.err.split()
     )
-    assert f"exported: step {step}" in said.err and f"exported, step {step}" in said.err
-    said = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
-    assert said.code == 0 and f"coefficients of step {step}" in said.out
-    assert (keep == "last") == ("the best of the evaluations" not in said.out)
+    assert f"exported: step {step}" in result.err and f"exported, step {step}" in result.err
+    result = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
+    assert result.code == 0 and f"coefficients of step {step}" in result.out
+    assert (keep == "last") == ("the best of the evaluations" not in result.out)
     merged = load(tmp_path / "merged")
     assert all(torch.allclose(merged[name], value, rtol=1e-5, atol=1e-6) for name, value in exported.items())
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Path, shell: Any, keep: str) -> None:
+def test_corrections_of_rows_are_kept_and_exported(
+    scores: TrainedCandidates, tmp_path: Path, shell: Any, keep: str
+) -> None:
     """The export from coefficients alone has the weights of the run; a run that is continued has them, too."""
     more = {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.05, "row_lr": 0.05}, "keep": keep}
     config = settings(scores.candidates, scores.task, tmp_path / "whole", **more, steps=4, evaluate_every=1)
@@ -92,8 +94,8 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
     assert len(list((tmp_path / "whole").glob("state.rows-*"))) == 1, "of two saves at the last step"
     corrected = by_hand(scores.candidates, tmp_path / "whole")  # with the coefficients of tensors only
     assert any((exported[name] - value).norm() > 1e-4 * value.norm() for name, value in corrected.items())
-    said = shell("export", tmp_path / "whole", "--out", tmp_path / "merged")
-    assert said.code == 0, said.err
+    result = shell("export", tmp_path / "whole", "--out", tmp_path / "merged")
+    assert result.code == 0, result.err
     assert (tmp_path / "whole" / "rows.png").read_bytes().startswith(b"\x89PNG")
     merged = load(tmp_path / "merged")
     for name, value in exported.items():
@@ -106,7 +108,7 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("training_loss", "held_out", "best", "said"),
+    ("training_loss", "held_out", "best", "message"),
     [
         (0.44, 1.7, 0, "1.7, and on the train split 0.44: the candidates have memorized"),
         (1.6, 1.7, 0, "Try a lower optimizer.lr"),
@@ -116,17 +118,19 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
     ],
 )
 def test_a_run_says_what_to_change_if_no_step_was_better_than_the_start(
-    training_loss: float | None, held_out: float, best: int, said: str | None
+    training_loss: float | None, held_out: float, best: int, message: str | None
 ) -> None:
     task: Any = SimpleNamespace()
     kept = BestAverage(task, config())
-    none = torch.zeros(0)
-    kept.best = KeptState(step=best, data=kept.data, metrics={"loss": held_out}, x=none, coefficients=none, buffers={})
-    found = advice(kept, config(), 100, training_loss)
-    assert found is None if said is None else said in str(found)
+    empty = torch.zeros(0)
+    kept.best = KeptState(
+        step=best, data=kept.data, metrics={"loss": held_out}, x=empty, coefficients=empty, buffers={}
+    )
+    actual = advice(kept, config(), 100, training_loss)
+    assert actual is None if message is None else message in str(actual)
 
 
-def test_state_continues_from_last_step(scores: Brought, tmp_path: Path) -> None:
+def test_state_continues_from_last_step(scores: TrainedCandidates, tmp_path: Path) -> None:
     run_here(settings(scores.candidates, scores.task, tmp_path, **WILD))
     state = load_state(tmp_path)
     assert state.step == 4 and state.exported_step == 0
@@ -136,7 +140,7 @@ def test_state_continues_from_last_step(scores: Brought, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
 def test_resumed_run_restores_best_average(
-    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int
+    ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int
 ) -> None:
     """The best evaluation is not repeated. On two ranks also that of rows: the best has none, and the last step has."""
     changes = {**WILD, "steps": 6, "checkpoint_every": 1, "engine": engine}
@@ -146,15 +150,15 @@ def test_resumed_run_restores_best_average(
     outcomes = ranks.outcomes(run_here, size, data=settings(scores.candidates, dying, tmp_path / "parts", **changes))
     assert all("the machine is gone" in str(outcome.error) for outcome in outcomes)
     ranks(run_here, size, data=settings(scores.candidates, scores.task, tmp_path / "parts", **changes))
-    one, other = (summary_of(tmp_path / name) for name in ("whole", "parts"))
+    first, second = (summary_of(tmp_path / name) for name in ("whole", "parts"))
     for key in ("evaluation", "comparison", "exported_step", "verdict"):
-        assert one[key] == other[key]
-    assert one["exported_step"] == 0
-    expected, found = load(tmp_path / "whole/average"), load(tmp_path / "parts/average")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert first[key] == second[key]
+    assert first["exported_step"] == 0
+    expected, actual = load(tmp_path / "whole/average"), load(tmp_path / "parts/average")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def test_batchnorm_statistics_of_exported_average(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_batchnorm_statistics_of_exported_average(digits: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     changes = {**WILD, "batch_size": 24, "evaluate_batches": None, "recalibrate_batches": 5}
     run_here(settings(digits.candidates, digits.task, tmp_path / "out", **changes))
     summary = summary_of(tmp_path / "out")
@@ -169,22 +173,22 @@ def test_batchnorm_statistics_of_exported_average(digits: Brought, tmp_path: Pat
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
 def test_comparison_equals_evaluation_of_files(
-    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int
+    ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int
 ) -> None:
     data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=None, engine=engine)
     ranks(run_here, size, data=data)
     summary, states = summary_of(tmp_path), candidates(scores)
     mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
-    found = {name: values["validation/loss"] for name, values in summary["comparison"].items()}
-    assert list(found) == ["last candidate", "center", "trained", "exported"]
-    assert found["last candidate"] == pytest.approx(measured_by_hand(scores, states[-1]), rel=1e-5)
-    assert found["center"] == pytest.approx(measured_by_hand(scores, mean), rel=1e-5)
-    assert found["exported"] == pytest.approx(measured_by_hand(scores, load(tmp_path / "average")), rel=1e-5)
-    assert ("WORSE" in summary["verdict"]) == (found["exported"] > found["last candidate"])
-    assert f"{found['last candidate']:.6g}" in summary["verdict"]
+    actual = {name: values["validation/loss"] for name, values in summary["comparison"].items()}
+    assert list(actual) == ["last candidate", "center", "trained", "exported"]
+    assert actual["last candidate"] == pytest.approx(measured_by_hand(scores, states[-1]), rel=1e-5)
+    assert actual["center"] == pytest.approx(measured_by_hand(scores, mean), rel=1e-5)
+    assert actual["exported"] == pytest.approx(measured_by_hand(scores, load(tmp_path / "average")), rel=1e-5)
+    assert ("WORSE" in summary["verdict"]) == (actual["exported"] > actual["last candidate"])
+    assert f"{actual['last candidate']:.6g}" in summary["verdict"]
 
 
-def test_verdict_and_compare_false(scores: Brought, tmp_path: Path) -> None:
+def test_verdict_and_compare_false(scores: TrainedCandidates, tmp_path: Path) -> None:
     worst_last = [str(path) for path in sorted(Path(scores.candidates).parent.glob("step-*"))][::-1]
     run_here(settings(worst_last, scores.task, tmp_path / "one"))  # type: ignore[arg-type]
     assert summary_of(tmp_path / "one")["verdict"].startswith("The average is better than the last candidate: ")
@@ -193,36 +197,36 @@ def test_verdict_and_compare_false(scores: Brought, tmp_path: Path) -> None:
     assert list(summary["comparison"]) == ["trained", "exported"] and summary["verdict"] is None
 
 
-def test_comparison_with_the_best_of_all_candidates(scores: Brought, tmp_path: Path) -> None:
+def test_comparison_with_the_best_of_all_candidates(scores: TrainedCandidates, tmp_path: Path) -> None:
     data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=None, compare="candidates")
     run_here(data)
     summary = summary_of(tmp_path)
-    found = {name: values["validation/loss"] for name, values in summary["comparison"].items()}
+    actual = {name: values["validation/loss"] for name, values in summary["comparison"].items()}
     losses = [measured_by_hand(scores, state) for state in candidates(scores)]
-    assert found["best candidate"] == pytest.approx(min(losses), rel=1e-5)
-    assert found["last candidate"] == pytest.approx(losses[-1], rel=1e-5)
-    better = "is better" if found["exported"] < min(losses) else "is WORSE"
+    assert actual["best candidate"] == pytest.approx(min(losses), rel=1e-5)
+    assert actual["last candidate"] == pytest.approx(losses[-1], rel=1e-5)
+    better = "is better" if actual["exported"] < min(losses) else "is WORSE"
     assert f"{better} than the best candidate: " in summary["verdict"]
 
 
-@pytest.mark.parametrize(("split", "said"), [("validation", ", on which"), ("train", None)])
-def test_the_title_of_the_comparison_says_what_it_is_on(split: str, said: str | None) -> None:
-    found = evaluated_on(config(split=split))
-    assert found.startswith("Evaluation on the validation split") and (said or "split") in found
-    assert (", on which the coefficients were trained" in found) == bool(said)
+@pytest.mark.parametrize(("split", "message"), [("validation", ", on which"), ("train", None)])
+def test_the_title_of_the_comparison_says_what_it_is_on(split: str, message: str | None) -> None:
+    actual = evaluated_on(config(split=split))
+    assert actual.startswith("Evaluation on the validation split") and (message or "split") in actual
+    assert (", on which the coefficients were trained" in actual) == bool(message)
 
 
-def test_changed_evaluation_data_discards_best_average(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_changed_evaluation_data_discards_best_average(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", **WILD)))
     assert shell("run", config).code == 0
-    said = shell("run", config, "steps=6", "evaluate_batches=1")
-    assert said.code == 0 and "the best average of earlier evaluations is discarded" in said.err
+    result = shell("run", config, "steps=6", "evaluate_batches=1")
+    assert result.code == 0 and "the best average of earlier evaluations is discarded" in result.err
     assert load_state(tmp_path / "out").exported_step > 0
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"evaluate_split": "test"}, "keep: best chooses by the test split"),
         ({"evaluate_split": "test", "keep": "last"}, None),
@@ -231,9 +235,9 @@ def test_changed_evaluation_data_discards_best_average(scores: Brought, tmp_path
     ],
     ids=str,
 )
-def test_caveat_of_evaluations(changes: dict[str, Any], said: str | None) -> None:
-    found = caveat(config(**changes))
-    assert found is None if said is None else said in str(found)
+def test_caveat_of_evaluations(changes: dict[str, Any], message: str | None) -> None:
+    actual = caveat(config(**changes))
+    assert actual is None if message is None else message in str(actual)
 
 
 # What decides
@@ -259,8 +263,8 @@ NAN = float("nan")
 def test_first_of_equal_bests_is_kept(higher: bool, values: list[float], best: int | None) -> None:
     task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
     kept = BestAverage(task, config())
-    none = torch.zeros(1, 1, dtype=torch.float64)
-    average: Any = SimpleNamespace(held=lambda: Held(none, none, None, {}))
+    empty = torch.zeros(1, 1, dtype=torch.float64)
+    average: Any = SimpleNamespace(held=lambda: Held(empty, empty, None, {}))
     for step, value in enumerate(values):
         kept.update(step, {"loss": 9.0, "score": value}, average)
     assert (kept.best and kept.best.step) == best

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import load, run_here, settings
 from tests.commands.test_stopping import same_end
 from tests.pool import PRELOAD
@@ -52,7 +52,7 @@ def life(data: dict[str, Any], number: int, counted: Path) -> int | None:
 
 
 @pytest.mark.parametrize(("lives", "seed"), [(4, 0), pytest.param(30, 1, marks=pytest.mark.slow)])
-def test_killed_at_any_change_of_the_disk(scores: Brought, tmp_path: Path, lives: int, seed: int) -> None:
+def test_killed_at_any_change_of_the_disk(scores: TrainedCandidates, tmp_path: Path, lives: int, seed: int) -> None:
     """While it saves, records, exports and finishes: every output ends with the bits of a run that was left alone."""
     data = settings(scores.candidates, scores.task, tmp_path / "whole", checkpoint_every=1, evaluate_every=2)
     assert life(data, 0, tmp_path / "count") == 0
@@ -71,7 +71,7 @@ def test_killed_at_any_change_of_the_disk(scores: Brought, tmp_path: Path, lives
         assert all(".tmp-" in name or name == ".lock" for name in left), (number, left)  # nobody takes them for results
 
 
-def test_killed_again_and_again(scores: Brought, tmp_path: Path) -> None:
+def test_killed_again_and_again(scores: TrainedCandidates, tmp_path: Path) -> None:
     """Each life dies a little later than the last; the state is always there to go on from."""
     data = settings(scores.candidates, scores.task, tmp_path / "out", checkpoint_every=1, evaluate_every=2)
     number, lives = 15, 0

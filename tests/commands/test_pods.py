@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import load, run_here, settings
 from tests.pool import Pool
 from twa_scale import ConfigError
@@ -17,12 +17,12 @@ from twa_scale import ConfigError
     [("auto", 2, 4), pytest.param("ddp", 2, 4, marks=pytest.mark.slow), ("auto", 3, 3), ("plain", 2, 2)],
 )
 def test_a_run_in_pods_is_the_run_on_one_rank(
-    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, pods: int, size: int
+    ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, pods: int, size: int
 ) -> None:
     """The same weights on the same batches; every pod reads the candidates, each byte once."""
-    alone = settings(scores.candidates, scores.task, tmp_path / "alone")
+    single = settings(scores.candidates, scores.task, tmp_path / "alone")
     split = settings(scores.candidates, scores.task, tmp_path / "split", engine=engine, pods=pods)
-    (whole,) = ranks(run_here, 1, data=alone)
+    (whole,) = ranks(run_here, 1, data=single)
     result = ranks(run_here, size, data=split)[0]
     expected = load(tmp_path / "alone" / "average")
     for name, value in load(tmp_path / "split" / "average").items():
@@ -33,23 +33,23 @@ def test_a_run_in_pods_is_the_run_on_one_rank(
 
 @pytest.mark.parametrize(("engine", "pods", "size"), [("auto", 2, 3), ("auto", 4, 2), ("plain", 2, 4)])
 def test_pods_that_do_not_fit_the_ranks_are_refused(
-    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, pods: int, size: int
+    ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, pods: int, size: int
 ) -> None:
     data = settings(scores.candidates, scores.task, tmp_path / "out", engine=engine, pods=pods)
     error = ranks.error(run_here, size, data=data)
     assert isinstance(error, ConfigError) and "pods" in str(error) and str(size) in str(error)
 
 
-def test_plan_knows_pods(text: Brought, tmp_path: Path, shell: Any) -> None:
+def test_plan_knows_pods(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """A rank of 4 in 2 pods holds what a rank of 2 does, and little leaves its pod."""
     config = tmp_path / "run.json"
     config.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out")))
 
     def plan(*words: object) -> dict[str, Any]:
-        said = shell("plan", config, "--json", *words)
-        assert said.code == 0, said.err
-        found: dict[str, Any] = json.loads(said.out)
-        return found
+        result = shell("plan", config, "--json", *words)
+        assert result.code == 0, result.err
+        actual: dict[str, Any] = json.loads(result.out)
+        return actual
 
     pods, half = plan("--ranks", 4, "pods=2"), plan("--ranks", 2)
     for key in ("weights", "store (dense32)"):

@@ -50,17 +50,17 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.xdist_group("proof")
 @pytest.mark.parametrize("task", ONCE)
 def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, ran: tuple[Path, str]) -> None:
-    out, said = ran
+    out, result = ran
     kind, source = ONCE[task]
     settings = kind.read("tiny")
     written = tables(out / task, settings)
-    assert written in said
+    assert written in result
     for name, method in settings["methods"].items():
         row = rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| [\d.]+ % \|.* [\d.]+ \|"
-        found = re.search(row, written, re.MULTILINE)
-        assert found, name
+        actual = re.search(row, written, re.MULTILINE)
+        assert actual, name
         if method["how"] in ("anneal", "decayed", "schedule") and "start" not in method:
-            assert int(found[1]) == method["steps"] and int(found[2]) == settings.get("recalibrate_batches", 0), name
+            assert int(actual[1]) == method["steps"] and int(actual[2]) == settings.get("recalibrate_batches", 0), name
     work = kind(out / task, 0, settings, source)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
     run_parts(work.parts(), work.rows)

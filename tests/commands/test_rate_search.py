@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import twa_scale
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import Scores, run_here, settings, state_of
 from tests.commands.test_stopping import run_with_handlers
 from tests.pool import Pool
@@ -82,10 +82,10 @@ def small(lr: float = 0.1, **config: Any) -> tuple[nn.Linear, Any]:
 
 def test_the_usual_rates_are_around_the_present_one_and_higher_can_be_better() -> None:
     model, twa = small()
-    found = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: twa.config.lr, higher_is_better=True)
-    assert [trial.lr for trial in found.tried] == [trial.score for trial in found.tried]
-    assert [trial.lr for trial in found.tried] == pytest.approx([0.1 / 3, 0.1, 0.3])
-    assert found.best.lr == twa.config.lr == twa.optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
+    actual = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: twa.config.lr, higher_is_better=True)
+    assert [trial.lr for trial in actual.tried] == [trial.score for trial in actual.tried]
+    assert [trial.lr for trial in actual.tried] == pytest.approx([0.1 / 3, 0.1, 0.3])
+    assert actual.best.lr == twa.config.lr == twa.optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("groups", ["global", "tensor+row"])
@@ -108,8 +108,8 @@ def test_the_script_that_saved_a_chosen_rate_continues_with_it(groups: str) -> N
 def test_of_equal_scores_the_present_rate_is_taken() -> None:
     model, twa = small(0.2)
     with pytest.warns(TwaWarning, match="0.1, 0.2, 0.4 have the same score, 1: 0.2 is chosen"):
-        found = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: 1.0, [0.1, 0.2, 0.4])
-    assert found.best.lr == twa.config.lr == 0.2
+        actual = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: 1.0, [0.1, 0.2, 0.4])
+    assert actual.best.lr == twa.config.lr == 0.2
 
 
 def test_trials_without_a_step_and_errors_leave_the_average_as_it_was() -> None:
@@ -143,10 +143,10 @@ def test_schedulers_of_a_trial_end_with_it_and_others_are_refused() -> None:
     twa_scale.choose_rate(twa, train, lambda: rates[-1], [0.2, 0.4])
     assert rates == [0.1, 0.2] and twa.optimizer.param_groups[0]["lr"] == 0.2
     torch.optim.lr_scheduler.LambdaLR(twa.optimizer, lambda step: 1 / (2 + step))
-    back = twa.remember()
+    restore = twa.remember()
     twa.set_lr(0.5)
     assert twa.optimizer.param_groups[0]["initial_lr"] == 0.5
-    back()
+    restore()
     group = twa.optimizer.param_groups[0]
     assert (twa.config.lr, group["initial_lr"], group["lr"]) == (0.2, 0.2, 0.1)
     with pytest.raises(twa_scale.ConfigError, match="has a scheduler"):
@@ -189,9 +189,9 @@ def test_a_trial_goes_through_the_schedule_of_the_run() -> None:
     assert [position(i, 7, 7) for i in range(7)] == list(range(7))
 
 
-def auto(brought: Brought, output: Path, **changes: Any) -> dict[str, Any]:
+def auto(trained_candidates: TrainedCandidates, output: Path, **changes: Any) -> dict[str, Any]:
     usual: dict[str, Any] = {"groups": "tensor+row", "optimizer": {"lr": "auto"}, "start": "best", "steps": 6}
-    return settings(brought.candidates, brought.task, output, **usual | changes)
+    return settings(trained_candidates.candidates, trained_candidates.task, output, **usual | changes)
 
 
 def ended(output: Path) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def ended(output: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("engine", "size", "pods"), [("fsdp2", 2, 1), ("plain", 2, 2)])
 def test_a_run_trains_with_the_best_rate(
-    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int, pods: int
+    ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int, pods: int
 ) -> None:
     """As a run that was given the rate, and as evaluations of runs of the trials' length."""
     ranks(run_here, size, data=auto(scores, tmp_path / "auto", engine=engine, pods=pods))
@@ -210,39 +210,39 @@ def test_a_run_trains_with_the_best_rate(
     assert (
         rate["lr"] == rate["tried"][rate["values"].index(min(rate["values"]))] and rate["metric"] == "validation/loss"
     )
-    given = {"optimizer": {"lr": rate["lr"]}}
-    ranks(run_here, size, data=auto(scores, tmp_path / "given", engine=engine, pods=pods, **given))
-    one, other = (state_of(tmp_path / name)["twa"] for name in ("auto", "given"))
-    for state in (one, other):
+    inputs = {"optimizer": {"lr": rate["lr"]}}
+    ranks(run_here, size, data=auto(scores, tmp_path / "given", engine=engine, pods=pods, **inputs))
+    first, second = (state_of(tmp_path / name)["twa"] for name in ("auto", "given"))
+    for state in (first, second):
         del state["rows"]["stored"]["directory"]  # whose name is new each time; the sum of its file is compared
-    assert same_bits(one, other)
+    assert same_bits(first, second)
     provenance = json.loads((tmp_path / "auto/average/twa_scale.json").read_text())
     assert provenance["config"]["optimizer"]["lr"] == rate["lr"]
 
 
-def test_a_continued_run_does_not_search_again(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_a_continued_run_does_not_search_again(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.json"
     config.write_text(json.dumps(auto(scores, tmp_path / "out")))
-    said = shell("run", config)
-    assert said.code == 0 and "15 steps and 3 evaluations" in said.err, said.err
+    result = shell("run", config)
+    assert result.code == 0 and "15 steps and 3 evaluations" in result.err, result.err
     rate = ended(tmp_path / "out")["rate"]
-    assert f"optimizer.lr: {rate['lr']:g} has the best validation/loss after 5 steps with each rate" in said.err
+    assert f"optimizer.lr: {rate['lr']:g} has the best validation/loss after 5 steps with each rate" in result.err
     assert "nothing was done" in shell("run", config).err
-    said = shell("run", config, "steps=8")
-    assert said.code == 0 and "rates are not tried again" in said.err and "15 steps" not in said.err
+    result = shell("run", config, "steps=8")
+    assert result.code == 0 and "rates are not tried again" in result.err and "15 steps" not in result.err
     assert ended(tmp_path / "out")["rate"] == rate and ended(tmp_path / "out")["steps"] == 8
-    said = shell("run", config, "steps=9", "optimizer.lr=5")
-    assert said.code == 2 and "optimizer" in said.err
+    result = shell("run", config, "steps=9", "optimizer.lr=5")
+    assert result.code == 2 and "optimizer" in result.err
 
 
-def test_a_signal_during_the_search(scores: Brought, tmp_path: Path) -> None:
+def test_a_signal_during_the_search(scores: TrainedCandidates, tmp_path: Path) -> None:
     """In the second trial: the state has neither its steps nor its rate."""
     task = {"name": "tests.commands.interrupted:scores"}
-    run_with_handlers(auto(Brought({**task, "method": "loss", "call": 7}, scores.candidates), tmp_path))
+    run_with_handlers(auto(TrainedCandidates({**task, "method": "loss", "call": 7}, scores.candidates), tmp_path))
     state = state_of(tmp_path)
     assert state["step"] == 0 and state["rate"] is None and not state["twa"]["optimizer"]["state"]
     assert state["twa"]["config"]["optimizer"]["lr"] == 0.03
-    run_with_handlers(auto(Brought({**task, "method": "loss", "call": 16}, scores.candidates), tmp_path))
+    run_with_handlers(auto(TrainedCandidates({**task, "method": "loss", "call": 16}, scores.candidates), tmp_path))
     state = state_of(tmp_path)
     assert state["step"] == 1 and state["rate"]
 
@@ -258,19 +258,21 @@ class Falling(Scores):
         return {"loss": (torch.tensor(self._evaluations.pop(0)), 1)}
 
 
-def test_where_a_trial_ends_is_exported_if_it_is_the_best(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_where_a_trial_ends_is_exported_if_it_is_the_best(
+    scores: TrainedCandidates, tmp_path: Path, shell: Any
+) -> None:
     """A run of as many steps as a trial ends there, too."""
     config = tmp_path / "run.json"
-    task = Brought({"name": f"{__name__}:Falling"}, scores.candidates)
+    task = TrainedCandidates({"name": f"{__name__}:Falling"}, scores.candidates)
     changes = {"steps": 5, "start": "center", "evaluate_batches": 1, "compare": False}
     config.write_text(json.dumps(auto(task, tmp_path / "out", **changes)))
-    said = shell("run", config)
-    assert "exported: the trial of optimizer.lr 0.09, the lowest" in said.err, said.err
-    assert "exported, the trial of optimizer.lr 0.09" in said.err
+    result = shell("run", config)
+    assert "exported: the trial of optimizer.lr 0.09, the lowest" in result.err, result.err
+    assert "exported, the trial of optimizer.lr 0.09" in result.err
     state = load_state(tmp_path / "out")
     assert state.kept and state.kept.trial_lr == pytest.approx(0.09)
     assert torch.equal(state.kept.x, state.twa.x)
-    last, best = (values_of_rows(one, tmp_path / "out") for one in (state.twa, state.exported))
+    last, best = (values_of_rows(item, tmp_path / "out") for item in (state.twa, state.exported))
     assert last and all(torch.equal(best[name], y) for name, y in last.items())
     assert ended(tmp_path / "out")["evaluation"] == {"validation/loss": 1.0}
     merged = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
@@ -285,11 +287,13 @@ def test_where_a_trial_ends_is_exported_if_it_is_the_best(scores: Brought, tmp_p
         ({"optimizer": {"lr": "auto"}, "units": "weight"}, ["adamw with units weight", "give a number"]),
     ],
 )
-def test_refused(scores: Brought, tmp_path: Path, shell: Any, changes: dict[str, Any], words: list[str]) -> None:
+def test_refused(
+    scores: TrainedCandidates, tmp_path: Path, shell: Any, changes: dict[str, Any], words: list[str]
+) -> None:
     config = tmp_path / "run.json"
     config.write_text(json.dumps(auto(scores, tmp_path / "out", **changes)))
-    said = shell("run", config)
-    assert said.code == 2 and all(word in said.err for word in words), said.err
+    result = shell("run", config)
+    assert result.code == 2 and all(word in result.err for word in words), result.err
     assert not (tmp_path / "out").exists()
 
 

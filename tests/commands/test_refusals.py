@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.commands.conftest import Brought, Said
+from tests.commands.conftest import CommandResult, TrainedCandidates
 from tests.commands.material import run_here, settings
 from tests.pool import Pool
 from twa_scale.errors import TwaError
@@ -20,7 +20,7 @@ from twa_scale.errors import TwaError
 KINDS = r"(bad configuration|ConfigError|CandidateError|EngineError|OutputError|StateError|NotFiniteError|TwaError): "
 
 
-def refused(said: Said, *words: str) -> None:
+def refused(said: CommandResult, *words: str) -> None:
     assert said.code == 2, said
     assert "Traceback" not in said.err and said.out == ""
     assert len(re.findall(KINDS, said.err)) == 1, said.err
@@ -29,7 +29,7 @@ def refused(said: Said, *words: str) -> None:
 
 
 @pytest.fixture
-def config(text: Brought, tmp_path: Path) -> Any:
+def config(text: TrainedCandidates, tmp_path: Path) -> Any:
     """Write a configuration of the text run, with changes; return its path."""
 
     def write(**changes: Any) -> Path:
@@ -107,27 +107,27 @@ def test_a_wrong_number_of_ranks(config: Any, shell: Any) -> None:
 # Candidates
 
 
-def path_of(copied: Brought, i: int = 1) -> Path:
+def path_of(copied: TrainedCandidates, i: int = 1) -> Path:
     return sorted(Path(copied.candidates).parent.glob("step-*"))[i] / "model.safetensors"
 
 
-def set_fault(copied: Brought, kind: str) -> list[str]:
+def set_fault(copied: TrainedCandidates, kind: str) -> list[str]:
     path = path_of(copied)
     state = load_file(path)
     name = "blocks.1.mlp_in.weight"
     match kind:
         case "nan":
             state[name][3, 4] = float("nan")
-            said = [path.parent.name, name, "nan"]
+            result = [path.parent.name, name, "nan"]
         case "shape":
             state[name] = torch.zeros(3, 3)
-            said = [path.parent.name, name, "(3, 3)", "(128, 32)"]
+            result = [path.parent.name, name, "(3, 3)", "(128, 32)"]
         case "missing":
             state["blocks.1.mlp_inn.weight"] = state.pop(name)
-            said = [path.parent.name, name, "missing", "did you mean 'blocks.1.mlp_inn.weight'?"]
+            result = [path.parent.name, name, "missing", "did you mean 'blocks.1.mlp_inn.weight'?"]
         case "integer":
             state[name] = state[name].long()
-            said = [path.parent.name, name, "int64"]
+            result = [path.parent.name, name, "int64"]
         case "truncated":
             path.write_bytes(path.read_bytes()[:-99])
             return [path.parent.name, "truncated"]
@@ -140,12 +140,12 @@ def set_fault(copied: Brought, kind: str) -> list[str]:
         case _:
             raise AssertionError(kind)
     save_file(state, path)
-    return said
+    return result
 
 
 @pytest.mark.parametrize("kind", ["nan", "shape", "missing", "integer", "truncated", "garbage", "empty"])
 @pytest.mark.parametrize("command", ["run", "inspect", "average"])
-def test_bad_candidates(shell: Any, copied: Brought, tmp_path: Path, kind: str, command: str) -> None:
+def test_bad_candidates(shell: Any, copied: TrainedCandidates, tmp_path: Path, kind: str, command: str) -> None:
     words = set_fault(copied, kind)
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(copied.candidates, copied.task, tmp_path / "out")))
@@ -159,14 +159,14 @@ def test_bad_candidates(shell: Any, copied: Brought, tmp_path: Path, kind: str, 
     assert not list(Path(tmp_path).glob("out/*.safetensors"))
 
 
-def test_one_candidate(shell: Any, config: Any, copied: Brought) -> None:
+def test_one_candidate(shell: Any, config: Any, copied: TrainedCandidates) -> None:
     path = path_of(copied).parent
     for command in ("run", "plan"):
         refused(shell(command, config(), f"candidates={path}"), "found 1", path.name, "at least 2")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["{0}:0.5", "{1}"], ["step-", "no weight", "PATH:WEIGHT"]),
         (["{0}:nan", "{1}:1"], ["nan", "finite"]),
@@ -181,19 +181,19 @@ def test_one_candidate(shell: Any, config: Any, copied: Brought) -> None:
         (["{0}x"], ["no such file"]),
     ],
 )
-def test_average(text: Brought, shell: Any, tmp_path: Path, words: list[str], said: list[str]) -> None:
+def test_average(text: TrainedCandidates, shell: Any, tmp_path: Path, words: list[str], message: list[str]) -> None:
     paths = sorted(Path(text.candidates).parent.glob("step-*"))
     typed = [
         w.replace("{*}", text.candidates).replace("{0}", str(paths[0])).replace("{1}", str(paths[1])) for w in words
     ]
-    refused(shell("average", *typed, "--out", tmp_path / "out"), *said)
+    refused(shell("average", *typed, "--out", tmp_path / "out"), *message)
     assert list(tmp_path.iterdir()) == []
 
 
 # Outputs
 
 
-def test_outputs_that_cannot_be_written(text: Brought, config: Any, shell: Any, tmp_path: Path) -> None:
+def test_outputs_that_cannot_be_written(text: TrainedCandidates, config: Any, shell: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     occupied = tmp_path / "occupied"
     occupied.mkdir()
@@ -204,8 +204,8 @@ def test_outputs_that_cannot_be_written(text: Brought, config: Any, shell: Any, 
     refused(shell("average", text.candidates, "--out", Path(text.candidates).parent, "--overwrite"), "candidate")
     for out in (tmp_path / "file", tmp_path / "file/below"):
         refused(shell("run", config(), f"output={out}"), str(out))
-    said = shell("inspect", text.candidates, "--json", "--plot", tmp_path / "file/plot.png")
-    refused(Said(said.code, "", said.err), "plot.png")  # what was found is printed all the same
+    result = shell("inspect", text.candidates, "--json", "--plot", tmp_path / "file/plot.png")
+    refused(CommandResult(result.code, "", result.err), "plot.png")  # what was found is printed all the same
     assert (tmp_path / "file").read_text() == "mine" and (occupied / "thesis.tex").read_text() == "mine"
 
 
@@ -224,14 +224,14 @@ def test_directories_without_a_run(shell: Any, tmp_path: Path) -> None:
 
 
 def test_custom_task_that_is_not_a_task(config: Any, shell: Any) -> None:
-    here = "tests.commands.material"
+    module_name = "tests.commands.material"
     for name, words in (
         ("no_such_module_anywhere:f", ["no_such_module_anywhere", "PYTHONPATH"]),
-        (f"{here}:score", ["'score'", "did you mean 'scores'?"]),
-        (f"{here}:half_a_task", ["half_a_task", "Linear", "dataset"]),
+        (f"{module_name}:score", ["'score'", "did you mean 'scores'?"]),
+        (f"{module_name}:half_a_task", ["half_a_task", "Linear", "dataset"]),
     ):
         refused(shell("run", config(task={"name": name})), *words)
-    refused(shell("run", config(task={"name": f"{here}:scores", "dye_at": 3})), "dye_at", "'die_at'")
+    refused(shell("run", config(task={"name": f"{module_name}:scores", "dye_at": 3})), "dye_at", "'die_at'")
 
 
 def test_a_task_in_the_present_directory_is_found(
@@ -243,7 +243,7 @@ def test_a_task_in_the_present_directory_is_found(
     refused(shell("plan", config(task={"name": "task_in_this_directory:number"})), "returned int", "dataset")
 
 
-def test_a_split_without_a_whole_batch(shell: Any, scores: Brought, tmp_path: Path) -> None:
+def test_a_split_without_a_whole_batch(shell: Any, scores: TrainedCandidates, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", batch_size=61)))
     refused(shell("run", path), "batch_size", "'train'", "60 examples")
@@ -272,16 +272,16 @@ OPTIONS = {
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_lists_all_options(shell: Any, command: str) -> None:
-    said = shell(command, "--help")
-    assert said.code == 0
-    text = re.sub(r"[\s│]+", " ", said.out)
-    assert all(option.lower() in text.lower() for option in OPTIONS[command]), said.out
+    result = shell(command, "--help")
+    assert result.code == 0
+    text = re.sub(r"[\s│]+", " ", result.out)
+    assert all(option.lower() in text.lower() for option in OPTIONS[command]), result.out
 
 
 def test_help_lists_the_commands(shell: Any) -> None:
     for words in (["--help"], ["-h"]):
-        said = shell(*words)
-        assert said.code == 0 and all(command in said.out for command in OPTIONS)
+        result = shell(*words)
+        assert result.code == 0 and all(command in result.out for command in OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def test_help_lists_the_commands(shell: Any) -> None:
     ids=" ".join,
 )
 def test_unknown_commands(shell: Any, words: list[str]) -> None:
-    said = shell(*words)
-    assert said.code == 2 and "Usage" in said.err and "Traceback" not in said.err
+    result = shell(*words)
+    assert result.code == 2 and "Usage" in result.err and "Traceback" not in result.err
 
 
 # As a process of its own
@@ -310,22 +310,22 @@ def typed(*words: object, **environment: str) -> "subprocess.CompletedProcess[st
 
 
 def test_one_message_as_a_process(config: Any) -> None:
-    said = typed("-m", "twa_scale", "run", config(), "basiss=pca")
-    refused(Said(said.returncode, said.stdout, said.stderr), "'basiss'", "did you mean 'basis'?")
+    result = typed("-m", "twa_scale", "run", config(), "basiss=pca")
+    refused(CommandResult(result.returncode, result.stdout, result.stderr), "'basiss'", "did you mean 'basis'?")
 
 
 @pytest.mark.slow
 def test_torchrun(config: Any) -> None:
     """Two ranks with the same error print it once."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "twa_scale", "run")
-    said = typed(*launch, config(), "candidates=missing/*")
-    assert said.returncode != 0 and len(re.findall(KINDS, said.stderr)) == 1, said.stderr
+    result = typed(*launch, config(), "candidates=missing/*")
+    assert result.returncode != 0 and len(re.findall(KINDS, result.stderr)) == 1, result.stderr
 
 
 # On several ranks
 
 
-def test_data_that_one_rank_lacks(ranks: Pool, scores: Brought, tmp_path: Path) -> None:
+def test_data_that_one_rank_lacks(ranks: Pool, scores: TrainedCandidates, tmp_path: Path) -> None:
     """DDP exchanges shapes at construction. A rank that failed before must not block the others."""
     for engine in ("ddp", "fsdp2"):
         task = scores.task | {"broken_rank": 1}
@@ -333,7 +333,7 @@ def test_data_that_one_rank_lacks(ranks: Pool, scores: Brought, tmp_path: Path) 
         assert all("not mounted on this node" in str(outcome.error) for outcome in outcomes)
 
 
-def test_no_rank_waits_for_another(ranks: Pool, scores: Brought, tmp_path: Path) -> None:
+def test_no_rank_waits_for_another(ranks: Pool, scores: TrainedCandidates, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for changes in (
         {"output": str(tmp_path / "file/below")},

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import load, run_here, settings, state_of
 from tests.pool import Pool
 from twa_scale.errors import OutputError, StateError, TwaError
@@ -23,13 +23,13 @@ EVERY = 2
 DEATH = 6  # the loss of this step raises: the last state that was saved is that of step 4
 
 
-def life(brought: Brought, output: Path, **changes: Any) -> dict[str, Any]:
+def life(trained_candidates: TrainedCandidates, output: Path, **changes: Any) -> dict[str, Any]:
     usual = {"steps": STEPS, "checkpoint_every": EVERY, "evaluate_every": EVERY, "engine": "auto", "max_grad_norm": 1.0}
-    return settings(brought.candidates, brought.task, output, **usual | changes)
+    return settings(trained_candidates.candidates, trained_candidates.task, output, **usual | changes)
 
 
-def dying(brought: Brought) -> Brought:
-    return Brought(brought.task | {"die_at": DEATH}, brought.candidates)
+def dying(trained_candidates: TrainedCandidates) -> TrainedCandidates:
+    return TrainedCandidates(trained_candidates.task | {"die_at": DEATH}, trained_candidates.candidates)
 
 
 def run_and_die(ranks: Pool, size: int, data: dict[str, Any]) -> None:
@@ -42,7 +42,9 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ranks: Pool, scores: Brought, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+def undisturbed(
+    ranks: Pool, scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int], Path]:
     outputs = {}
     for engine, size in (("plain", 1), ("ddp", 2), ("fsdp2", 2)):
         outputs[engine, size] = tmp_path_factory.mktemp("whole") / "out"
@@ -52,7 +54,12 @@ def undisturbed(ranks: Pool, scores: Brought, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
 def test_the_same_ranks_end_with_the_same_bits(
-    ranks: Pool, undisturbed: dict[tuple[str, int], Path], scores: Brought, tmp_path: Path, engine: str, size: int
+    ranks: Pool,
+    undisturbed: dict[tuple[str, int], Path],
+    scores: TrainedCandidates,
+    tmp_path: Path,
+    engine: str,
+    size: int,
 ) -> None:
     run_and_die(ranks, size, life(dying(scores), tmp_path, engine=engine))
     assert state_of(tmp_path)["step"] == 4 and not (tmp_path / "average").exists()
@@ -61,26 +68,31 @@ def test_the_same_ranks_end_with_the_same_bits(
     whole, continued = undisturbed[engine, size], tmp_path
     for key in ("x", "coefficients"):
         assert torch.equal(state_of(whole)["twa"][key], state_of(continued)["twa"][key])
-    expected, found = load(whole / "average"), load(continued / "average")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    expected, actual = load(whole / "average"), load(continued / "average")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
     loose = ("seconds",)
-    told = [[{k: v for k, v in line.items() if k not in loose} for line in lines(o)] for o in (whole, continued)]
-    assert told[0] == told[1]  # each step and evaluation once, with the same numbers
+    messages = [[{k: v for k, v in line.items() if k not in loose} for line in lines(o)] for o in (whole, continued)]
+    assert messages[0] == messages[1]  # each step and evaluation once, with the same numbers
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
 def test_other_ranks_end_with_the_same_weights(
-    ranks: Pool, undisturbed: dict[tuple[str, int], Path], scores: Brought, tmp_path: Path, before: int, after: int
+    ranks: Pool,
+    undisturbed: dict[tuple[str, int], Path],
+    scores: TrainedCandidates,
+    tmp_path: Path,
+    before: int,
+    after: int,
 ) -> None:
     run_and_die(ranks, before, life(dying(scores), tmp_path))
     ranks(run_here, after, data=life(scores, tmp_path))
-    expected, found = load(undisturbed["plain", 1] / "average"), load(tmp_path / "average")
+    expected, actual = load(undisturbed["plain", 1] / "average"), load(tmp_path / "average")
     for name, value in expected.items():
-        assert float((found[name] - value).norm()) <= 1e-6 * float(value.norm()), name
+        assert float((actual[name] - value).norm()) <= 1e-6 * float(value.norm()), name
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_batchnorm_and_other_optimizers_continue(digits: Brought, tmp_path: Path) -> None:
+def test_batchnorm_and_other_optimizers_continue(digits: TrainedCandidates, tmp_path: Path) -> None:
     """The state of SGD with momentum and the statistics of BatchNorm; resumed after a run that has ended early."""
     changes = {"optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9}, "recalibrate_batches": 3, "batch_size": 24}
     run_here(life(digits, tmp_path / "whole", **changes))
@@ -89,8 +101,8 @@ def test_batchnorm_and_other_optimizers_continue(digits: Brought, tmp_path: Path
     for name in ("average", "summary.json"):
         assert (tmp_path / "parts" / name).exists()
     assert state["step"] == STEPS
-    expected, found = load(tmp_path / "whole/average"), load(tmp_path / "parts/average")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    expected, actual = load(tmp_path / "whole/average"), load(tmp_path / "parts/average")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 def everything(output: Path) -> dict[Path, tuple[int, bytes]]:
@@ -102,13 +114,13 @@ def everything(output: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_run_that_has_finished_is_left_alone(ranks: Pool, mine: Brought, tmp_path: Path, size: int) -> None:
+def test_a_run_that_has_finished_is_left_alone(ranks: Pool, mine: TrainedCandidates, tmp_path: Path, size: int) -> None:
     output = tmp_path / "out"
     summary = ranks(run_here, size, data=life(mine, output))[0]
     before = everything(output)
-    again = ranks(run_here, size, data=life(dying(mine), output))  # not one call of the loss
+    repeated = ranks(run_here, size, data=life(dying(mine), output))  # not one call of the loss
     assert everything(output) == before
-    assert again == [json.loads(json.dumps(summary))] * size
+    assert repeated == [json.loads(json.dumps(summary))] * size
     for path in Path(mine.candidates).parent.glob("step-*"):
         (path / "model.safetensors").unlink()
         path.rmdir()
@@ -116,18 +128,18 @@ def test_a_run_that_has_finished_is_left_alone(ranks: Pool, mine: Brought, tmp_p
     assert everything(output) == before
 
 
-def test_a_run_that_has_finished_says_so(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_a_run_that_has_finished_says_so(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(life(scores, tmp_path / "out")))
     assert shell("run", config).code == 0
-    said = shell("run", config)
-    assert said.code == 0 and f"has finished its {STEPS} steps; nothing was done" in said.err
-    assert "resume=false" in said.err and "more steps" in said.err
+    result = shell("run", config)
+    assert result.code == 0 and f"has finished its {STEPS} steps; nothing was done" in result.err
+    assert "resume=false" in result.err and "more steps" in result.err
 
 
-def test_results_that_are_missing_are_written_again(scores: Brought, tmp_path: Path) -> None:
+def test_results_that_are_missing_are_written_again(scores: TrainedCandidates, tmp_path: Path) -> None:
     run_here(life(scores, tmp_path))
-    before, told = load(tmp_path / "average"), lines(tmp_path)
+    before, messages = load(tmp_path / "average"), lines(tmp_path)
     (tmp_path / "summary.json").write_text('{"steps": 8')
     run_here(life(scores, tmp_path))
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS
@@ -135,12 +147,12 @@ def test_results_that_are_missing_are_written_again(scores: Brought, tmp_path: P
     run_here(life(scores, tmp_path))
     after = load(tmp_path / "average")
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert lines(tmp_path) == told
+    assert lines(tmp_path) == messages
 
 
 @pytest.mark.parametrize("unfinished", [False, True])
 def test_steps_can_be_raised(
-    scores: Brought, tmp_path: Path, capsys: pytest.CaptureFixture[str], unfinished: bool
+    scores: TrainedCandidates, tmp_path: Path, capsys: pytest.CaptureFixture[str], unfinished: bool
 ) -> None:
     """The rate of each further step is that of the longer schedule."""
     if unfinished:
@@ -159,19 +171,19 @@ def test_steps_can_be_raised(
         run_here(life(scores, tmp_path / "out"))
 
 
-def test_a_schedule_that_ended_at_zero_goes_on(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_a_schedule_that_ended_at_zero_goes_on(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", steps=4)))
     assert shell("run", config).code == 0
-    said = shell("run", config, "steps=6")
-    assert said.code == 0
-    assert "continuing from step 4 of 6, which were 4: the learning rate follows the schedule of 6" in said.err
+    result = shell("run", config, "steps=6")
+    assert result.code == 0
+    assert "continuing from step 4 of 6, which were 4: the learning rate follows the schedule of 6" in result.err
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "summary.json"])
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00 not UTF-8", b"", b"[1, 2]\n", b'{"step": "x"}\n3\n'], ids=str)
 def test_what_is_beside_the_state_does_not_stop_a_resume(
-    scores: Brought, tmp_path: Path, name: str, content: bytes
+    scores: TrainedCandidates, tmp_path: Path, name: str, content: bytes
 ) -> None:
     stopped(scores, tmp_path)
     (tmp_path / name).write_bytes(content)
@@ -181,7 +193,7 @@ def test_what_is_beside_the_state_does_not_stop_a_resume(
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS
 
 
-def test_one_run_at_a_time(scores: Brought, tmp_path: Path) -> None:
+def test_one_run_at_a_time(scores: TrainedCandidates, tmp_path: Path) -> None:
     """The second says who is there, and changes nothing; exporting from what is there is fine."""
     stopped(scores, tmp_path)
     with DirectoryLock(tmp_path) as lock:
@@ -196,7 +208,7 @@ def test_one_run_at_a_time(scores: Brought, tmp_path: Path) -> None:
     assert not (tmp_path / ".lock").exists()
 
 
-def test_resume_can_be_refused(scores: Brought, tmp_path: Path) -> None:
+def test_resume_can_be_refused(scores: TrainedCandidates, tmp_path: Path) -> None:
     run_here(life(scores, tmp_path, seed=1))
     first = state_of(tmp_path)["twa"]["x"]
     run_here(life(scores, tmp_path, seed=2, resume=False))
@@ -204,15 +216,15 @@ def test_resume_can_be_refused(scores: Brought, tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_a_crash_before_the_first_save_starts_over(scores: Brought, tmp_path: Path) -> None:
-    dead = Brought(scores.task | {"die_at": 2}, scores.candidates)
+def test_a_crash_before_the_first_save_starts_over(scores: TrainedCandidates, tmp_path: Path) -> None:
+    dead = TrainedCandidates(scores.task | {"die_at": 2}, scores.candidates)
     with pytest.raises(RuntimeError, match="gone"):
         run_here(life(dead, tmp_path))
     run_here(life(scores, tmp_path))
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_a_line_that_a_crash_cut_short_is_dropped(scores: Brought, tmp_path: Path) -> None:
+def test_a_line_that_a_crash_cut_short_is_dropped(scores: TrainedCandidates, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="gone"):
         run_here(life(dying(scores), tmp_path))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -224,13 +236,13 @@ def test_a_line_that_a_crash_cut_short_is_dropped(scores: Brought, tmp_path: Pat
 # What must not be continued
 
 
-def stopped(brought: Brought, output: Path) -> None:
+def stopped(trained_candidates: TrainedCandidates, output: Path) -> None:
     with pytest.raises(RuntimeError, match="gone"):
-        run_here(life(dying(brought), output))
+        run_here(life(dying(trained_candidates), output))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"steps": 7}, ["state.pt", "steps was 8", "7", "raised"]),
         ({"basis": "pca"}, ["basis", "'normalized'", "'pca'"]),
@@ -243,27 +255,27 @@ def stopped(brought: Brought, output: Path) -> None:
     ids=str,
 )
 def test_settings_under_which_the_coefficients_mean_something_else(
-    scores: Brought, tmp_path: Path, changes: dict[str, Any], said: list[str]
+    scores: TrainedCandidates, tmp_path: Path, changes: dict[str, Any], message: list[str]
 ) -> None:
     stopped(scores, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(StateError) as caught:
         run_here(life(scores, tmp_path, **changes))
-    assert all(word in str(caught.value) for word in said), str(caught.value)
+    assert all(word in str(caught.value) for word in message), str(caught.value)
     assert {path: path.read_bytes() for path in before} == before  # config.json still says what state.pt is of
 
 
 @pytest.fixture
-def mine(scores: Brought, tmp_path: Path) -> Brought:
+def mine(scores: TrainedCandidates, tmp_path: Path) -> TrainedCandidates:
     (tmp_path / "mine").mkdir()
     for path in Path(scores.candidates).parent.glob("step-*"):
         (tmp_path / "mine" / path.name).mkdir()
         save_file(load(path), tmp_path / "mine" / path.name / "model.safetensors")
-    return Brought(scores.task, str(tmp_path / "mine" / "step-*"))
+    return TrainedCandidates(scores.task, str(tmp_path / "mine" / "step-*"))
 
 
-def change(brought: Brought) -> Path:
-    path = sorted(Path(brought.candidates).parent.glob("step-*"))[1] / "model.safetensors"
+def change(trained_candidates: TrainedCandidates) -> Path:
+    path = sorted(Path(trained_candidates.candidates).parent.glob("step-*"))[1] / "model.safetensors"
     state = load_file(path)
     state["3.weight"][0, 4] += 1e-3
     save_file(state, path)
@@ -271,7 +283,7 @@ def change(brought: Brought) -> Path:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_changed_candidate_is_named(ranks: Pool, mine: Brought, tmp_path: Path, size: int) -> None:
+def test_a_changed_candidate_is_named(ranks: Pool, mine: TrainedCandidates, tmp_path: Path, size: int) -> None:
     output = tmp_path / "out"
     run_and_die(ranks, size, life(dying(mine), output))
     changed = change(mine)
@@ -279,34 +291,34 @@ def test_a_changed_candidate_is_named(ranks: Pool, mine: Brought, tmp_path: Path
     assert isinstance(error, StateError) and changed.parent.name in str(error) and "'3.weight'" in str(error)
 
 
-def test_one_candidate_less_or_another_order(mine: Brought, tmp_path: Path) -> None:
+def test_one_candidate_less_or_another_order(mine: TrainedCandidates, tmp_path: Path) -> None:
     stopped(mine, tmp_path / "out")
     paths = [str(path) for path in sorted(Path(mine.candidates).parent.glob("step-*"))]
     for other in (paths[:2], paths[::-1]):
         with pytest.raises(StateError):
-            run_here(life(Brought(mine.task, other), tmp_path / "out"))  # type: ignore[arg-type]
-    run_here(life(Brought(mine.task, paths), tmp_path / "out"))  # type: ignore[arg-type]
+            run_here(life(TrainedCandidates(mine.task, other), tmp_path / "out"))  # type: ignore[arg-type]
+    run_here(life(TrainedCandidates(mine.task, paths), tmp_path / "out"))  # type: ignore[arg-type]
 
 
-def test_export_of_changed_or_missing_candidates(mine: Brought, tmp_path: Path, shell: Any) -> None:
+def test_export_of_changed_or_missing_candidates(mine: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     run_here(life(mine, tmp_path / "out"))
     changed = change(mine)
-    said = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
-    assert said.code == 2 and changed.parent.name in said.err and "'3.weight'" in said.err
+    result = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
+    assert result.code == 2 and changed.parent.name in result.err and "'3.weight'" in result.err
     changed.unlink()
-    said = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
-    assert said.code == 2 and changed.parent.name in said.err
+    result = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
+    assert result.code == 2 and changed.parent.name in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
-def test_a_state_that_is_none(scores: Brought, tmp_path: Path, content: bytes) -> None:
+def test_a_state_that_is_none(scores: TrainedCandidates, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(StateError, match=r"state\.pt"):
         run_here(life(scores, tmp_path))
 
 
-def test_a_state_of_the_library_alone_is_none_of_a_run(scores: Brought, tmp_path: Path) -> None:
+def test_a_state_of_the_library_alone_is_none_of_a_run(scores: TrainedCandidates, tmp_path: Path) -> None:
     run_here(life(scores, tmp_path))
     twa = state_of(tmp_path)["twa"]
     (tmp_path / "state.previous.pt").unlink()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.commands import material
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import by_hand, load, run_here, settings, state_of
 from tests.pool import Pool
 from twa_scale.config import RunConfig, TaskConfig, load_config, validated
@@ -32,7 +32,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ended(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ended(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has ended; look, do not touch."""
     output = tmp_path_factory.mktemp("run") / "out"
     (output / ".average.tmp-0a1b2c3d").mkdir(parents=True)  # of one that was killed
@@ -67,7 +67,7 @@ def test_the_configuration_is_written_with_its_defaults(ended: Path) -> None:
     assert config.steps == 6 and config.basis == "normalized" and config.optimizer.lr == 0.1
 
 
-def test_the_summary_counts_what_was_read(ended: Path, text: Brought) -> None:
+def test_the_summary_counts_what_was_read(ended: Path, text: TrainedCandidates) -> None:
     summary = json.loads((ended / "summary.json").read_text())
     candidates = [load(path) for path in Path(text.candidates).parent.glob("step-*")]
     assert summary["bytes_read_per_rank"] == [sum(value.nbytes for state in candidates for value in state.values())]
@@ -77,7 +77,7 @@ def test_the_summary_counts_what_was_read(ended: Path, text: Brought) -> None:
     assert summary["forward_backward_seconds"] > 0 and summary["cost"]["project"]["seconds"] > 0
 
 
-def test_the_export_is_the_sum_by_hand(ended: Path, text: Brought) -> None:
+def test_the_export_is_the_sum_by_hand(ended: Path, text: TrainedCandidates) -> None:
     exported, expected = load(ended / "average"), by_hand(text.candidates, ended)
     assert exported.keys() == expected.keys()
     for name, value in expected.items():
@@ -85,7 +85,7 @@ def test_the_export_is_the_sum_by_hand(ended: Path, text: Brought) -> None:
     assert (state_of(ended)["twa"]["coefficients"] - 1 / material.N).abs().max() > 0.02  # it has moved
 
 
-def test_the_export_evaluates_as_the_run_said(ended: Path, text: Brought) -> None:
+def test_the_export_evaluates_as_the_run_said(ended: Path, text: TrainedCandidates) -> None:
     task = build_task(validated(TaskConfig, text.task))
     model, data = task.model(), task.dataset("validation")
     model.load_state_dict(load(ended / "average"))
@@ -95,8 +95,8 @@ def test_the_export_evaluates_as_the_run_said(ended: Path, text: Brought) -> Non
 
 
 def test_the_report_has_the_numbers_of_the_run(ended: Path, tmp_path: Path, shell: Any) -> None:
-    said = shell("report", ended, "-o", tmp_path / "page.html")
-    assert said.code == 0, said.err
+    result = shell("report", ended, "-o", tmp_path / "page.html")
+    assert result.code == 0, result.err
     page, summary = (tmp_path / "page.html").read_text(), json.loads((ended / "summary.json").read_text())
     for metrics in summary["comparison"].values():
         assert all(f">{value:.6g}<" in page for value in metrics.values())
@@ -106,21 +106,21 @@ def test_the_report_has_the_numbers_of_the_run(ended: Path, tmp_path: Path, shel
 
 def test_the_coefficients_are_recorded(ended: Path) -> None:
     last = state_of(ended)["twa"]["coefficients"]
-    found = [line for line in lines(ended) if "coefficients/0" in line]
-    assert [line["step"] for line in found if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in found if "distance" in line] == [0, 2, 4, 6]
-    assert found[0]["distance"] == 0 and found[0]["effective_candidates"] == pytest.approx(material.N)
+    actual = [line for line in lines(ended) if "coefficients/0" in line]
+    assert [line["step"] for line in actual if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in actual if "distance" in line] == [0, 2, 4, 6]
+    assert actual[0]["distance"] == 0 and actual[0]["effective_candidates"] == pytest.approx(material.N)
     for i in range(material.N):
-        assert float(last[i].min()) <= found[-1][f"coefficients/{i}"] <= float(last[i].max())
+        assert float(last[i].min()) <= actual[-1][f"coefficients/{i}"] <= float(last[i].max())
     summary = json.loads((ended / "summary.json").read_text())
     step = summary["exported_step"]
-    assert summary["distance"] == pytest.approx(next(x["distance"] for x in found[::-1] if x["step"] == step))
+    assert summary["distance"] == pytest.approx(next(x["distance"] for x in actual[::-1] if x["step"] == step))
 
 
 @pytest.mark.parametrize("shards", ["5GB", "40kB"])
 def test_the_command_export_writes_the_same(ended: Path, tmp_path: Path, shell: Any, shards: str) -> None:
-    said = shell("export", ended, "--out", tmp_path / "merged", "--max-shard-size", shards)
-    assert said.code == 0 and "exact merge of 3 candidates" in said.out and "step 6" in said.out
+    result = shell("export", ended, "--out", tmp_path / "merged", "--max-shard-size", shards)
+    assert result.code == 0 and "exact merge of 3 candidates" in result.out and "step 6" in result.out
     live, merged = load(ended / "average"), load(tmp_path / "merged")
     assert live.keys() == merged.keys()
     for name, value in live.items():
@@ -129,7 +129,7 @@ def test_the_command_export_writes_the_same(ended: Path, tmp_path: Path, shell: 
     assert (tmp_path / "merged/tokenizer.json").exists()
 
 
-def test_the_live_weights_are_exported_bit_for_bit(text: Brought, tmp_path: Path) -> None:
+def test_the_live_weights_are_exported_bit_for_bit(text: TrainedCandidates, tmp_path: Path) -> None:
     config = validated(RunConfig, settings(text.candidates, text.task, tmp_path / "out", max_shard_size="40kB"))
     trained = Run(config, World(0, 1, 0), torch.device("cpu"), Report(active=False))
     trained.train()
@@ -138,7 +138,7 @@ def test_the_live_weights_are_exported_bit_for_bit(text: Brought, tmp_path: Path
     assert all(torch.equal(exported[name], value) for name, value in trained.model.state_dict().items())
 
 
-def test_training_lowers_the_loss_that_it_is_trained_on(scores: Brought, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_that_it_is_trained_on(scores: TrainedCandidates, tmp_path: Path) -> None:
     """Full batches of a user's own task: the objective itself, not a sample of it."""
     changes = {"steps": 30, "batch_size": 60, "split": "validation", "evaluate_batches": None, "evaluate_every": 10}
     run_here(settings(scores.candidates, scores.task, tmp_path / "out", **changes))
@@ -146,14 +146,14 @@ def test_training_lowers_the_loss_that_it_is_trained_on(scores: Brought, tmp_pat
     assert losses[-1] < 0.98 * losses[0] and losses[-1] < losses[1] + 1e-6
 
 
-def test_epochs_are_counted_in_whole_batches(scores: Brought, tmp_path: Path) -> None:
+def test_epochs_are_counted_in_whole_batches(scores: TrainedCandidates, tmp_path: Path) -> None:
     changes = {"steps": None, "epochs": 2.5, "batch_size": 20}  # 60 examples
     assert run_here(settings(scores.candidates, scores.task, tmp_path / "out", **changes))["steps"] == 8
 
 
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
 def test_batchnorm_statistics_are_measured_and_exported(
-    ranks: Pool, digits: Brought, tmp_path: Path, shell: Any, engine: str
+    ranks: Pool, digits: TrainedCandidates, tmp_path: Path, shell: Any, engine: str
 ) -> None:
     output = tmp_path / "out"
     changes = {"engine": engine, "batch_size": 24, "evaluate_batches": None, "recalibrate_batches": 20}
@@ -184,7 +184,7 @@ def test_batchnorm_statistics_are_measured_and_exported(
         assert total.item() / count == pytest.approx(summary[f"validation/{name}"], rel=1e-4)
 
 
-def test_candidates_without_a_count_of_batches(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_candidates_without_a_count_of_batches(digits: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """As old files are: what they do not hold, neither export does."""
     for path in Path(digits.candidates).parent.glob("step-*"):
         (tmp_path / path.name).mkdir()
@@ -200,7 +200,7 @@ def test_candidates_without_a_count_of_batches(digits: Brought, tmp_path: Path, 
 
 
 @pytest.fixture(scope="module")
-def alone(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def alone(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     output = tmp_path_factory.mktemp("alone")
     run_here(settings(text.candidates, text.task, output))
     return load(output / "average")
@@ -222,7 +222,7 @@ def alone(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_engines_ranks_and_micro_batches_make_no_difference(
     ranks: Pool,
     alone: dict[str, torch.Tensor],
-    text: Brought,
+    text: TrainedCandidates,
     tmp_path: Path,
     engine: str,
     size: int,
@@ -241,7 +241,7 @@ def test_engines_ranks_and_micro_batches_make_no_difference(
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2"])
 def test_bfloat16_computation_stays_near(
-    ranks: Pool, alone: dict[str, torch.Tensor], text: Brought, tmp_path: Path, engine: str
+    ranks: Pool, alone: dict[str, torch.Tensor], text: TrainedCandidates, tmp_path: Path, engine: str
 ) -> None:
     data = settings(text.candidates, text.task, tmp_path, engine=engine, precision="bfloat16")
     ranks(run_here, 1 if engine == "plain" else 2, data=data)
@@ -254,7 +254,7 @@ def test_bfloat16_computation_stays_near(
 @pytest.mark.parametrize("basis", ["orthonormal", "pca", "simplex"])
 @pytest.mark.parametrize("store", ["dense32", "dense16"])
 def test_every_basis_and_store_exports_what_its_coefficients_say(
-    scores: Brought, tmp_path: Path, basis: str, store: str
+    scores: TrainedCandidates, tmp_path: Path, basis: str, store: str
 ) -> None:
     run_here(settings(scores.candidates, scores.task, tmp_path, basis=basis, store=store, groups=["^0", "bias"]))
     exported = load(tmp_path / "average")
@@ -263,20 +263,20 @@ def test_every_basis_and_store_exports_what_its_coefficients_say(
         assert error <= (1e-6 if store == "dense32" else 1e-3), name
 
 
-def test_fixed_tensors_stay_at_the_center(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_fixed_tensors_stay_at_the_center(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     run_here(settings(scores.candidates, scores.task, tmp_path / "out", exclude=["bias"], center="last"))
     last = load(sorted(Path(scores.candidates).parent.glob("step-*"))[-1])
     assert shell("export", tmp_path / "out", "--out", tmp_path / "merged").code == 0
-    for where in (tmp_path / "out/average", tmp_path / "merged"):
-        found = load(where)
-        assert all(torch.equal(found[name], last[name]) == ("bias" in name) for name in last)
+    for location in (tmp_path / "out/average", tmp_path / "merged"):
+        actual = load(location)
+        assert all(torch.equal(actual[name], last[name]) == ("bias" in name) for name in last)
 
 
-def test_from_the_shell_with_overrides(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_from_the_shell_with_overrides(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out")))
-    said = shell("run", config, "steps=2", "optimizer.lr=3e-3", "groups=block")
-    assert said.code == 0, said.err
+    result = shell("run", config, "steps=2", "optimizer.lr=3e-3", "groups=block")
+    assert result.code == 0, result.err
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert (written["steps"], written["optimizer"]["lr"], written["groups"]) == (2, 0.003, "block")
-    assert said.out == "" and "one step of rank 0" in said.err.lower() and "coefficients.png" in said.err
+    assert result.out == "" and "one step of rank 0" in result.err.lower() and "coefficients.png" in result.err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import as_launched, load, run_here, settings
 from tests.commands.test_keep import candidates, measured_by_hand
 from tests.pool import Pool
@@ -18,10 +18,13 @@ from twa_scale.run.search import SearchOptions, run_search
 TRIED = 3 + 7 * 2  # of a sweep over three candidates
 
 
-def written(brought: Brought, folder: Path, **changes: Any) -> Path:
+def written(trained_candidates: TrainedCandidates, folder: Path, **changes: Any) -> Path:
     path = folder / "run.json"
     path.write_text(
-        json.dumps(settings(brought.candidates, brought.task, folder / "out", evaluate_batches=None) | changes)
+        json.dumps(
+            settings(trained_candidates.candidates, trained_candidates.task, folder / "out", evaluate_batches=None)
+            | changes
+        )
     )
     return path
 
@@ -31,38 +34,40 @@ def found(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def mixed(brought: Brought, weights: Any) -> dict[str, torch.Tensor]:
-    return averaged(weights, candidates(brought))
+def mixed(trained_candidates: TrainedCandidates, weights: Any) -> dict[str, torch.Tensor]:
+    return averaged(weights, candidates(trained_candidates))
 
 
-def test_a_sweep(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_a_sweep(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """The scores are the losses of averages made by hand, and the best is exported."""
     config = written(scores, tmp_path, groups="tensor+row")
-    said = shell("search", config)
-    assert said.code == 0, said.err
+    result = shell("search", config)
+    assert result.code == 0, result.err
     summary = found(tmp_path)
-    tried = {one["label"]: one["score"] for one in summary["tried"]}
+    tried = {item["label"]: item["score"] for item in summary["tried"]}
     assert len(tried) == summary["measured"] == TRIED and summary["metric"] == "validation/loss"
     assert not summary["higher_is_better"] and list(tried.values()) == sorted(tried.values())
     for name, label in (("lawa:2", "lawa:2"), ("minus-sqrt", "minus-sqrt of the last 3")):
         assert tried[label] == pytest.approx(measured_by_hand(scores, mixed(scores, center_weights(name, 3))), rel=1e-5)
     best = summary["best"]
-    assert best["score"] == min(tried.values()) and f"{best['score']:.6g}" in said.out and "last candidate" in said.out
+    assert (
+        best["score"] == min(tried.values()) and f"{best['score']:.6g}" in result.out and "last candidate" in result.out
+    )
     exported = load(tmp_path / "out/search/average")
     for name, value in mixed(scores, best["coefficients"]).items():
         torch.testing.assert_close(exported[name].double(), value, rtol=1e-5, atol=1e-6)
-    again = shell("search", config)
-    assert again.code == 0 and "0 evaluated now" in again.out
+    repeated = shell("search", config)
+    assert repeated.code == 0 and "0 evaluated now" in repeated.out
     assert {**found(tmp_path), "seconds": 0, "measured": 0} == {**summary, "seconds": 0, "measured": 0}
     shell("search", config, "evaluate_batches=1", "--budget", 2)  # other data: a record of its own
     assert found(tmp_path)["measured"] == 2 and len(found(tmp_path)["tried"]) == 2
 
 
-def test_it_continues_after_a_signal(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_it_continues_after_a_signal(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     task = {"name": "tests.commands.interrupted:scores", "method": "metrics", "call": 9}
-    config = written(Brought(task, scores.candidates), tmp_path, evaluate_batches=2)
-    said = shell("search", config)
-    assert said.code == 75 and "after 5 averages" in said.err and not (tmp_path / "out/search/average").exists()
+    config = written(TrainedCandidates(task, scores.candidates), tmp_path, evaluate_batches=2)
+    result = shell("search", config)
+    assert result.code == 75 and "after 5 averages" in result.err and not (tmp_path / "out/search/average").exists()
     (record,) = (tmp_path / "out/search").glob("scores-*.jsonl")
     assert len(record.read_text().splitlines()) == 1 + 5
     codes = [shell("search", config).code for _ in range(3)]  # the signal comes again in each process
@@ -74,17 +79,17 @@ def search_here(path: Path) -> dict[str, Any]:
     return as_launched(lambda: run_search(load_config(path), options))
 
 
-def test_ranks_find_the_same(ranks: Pool, scores: Brought, tmp_path: Path) -> None:
+def test_ranks_find_the_same(ranks: Pool, scores: TrainedCandidates, tmp_path: Path) -> None:
     """Several methods, of which each starts at the best so far; the best of all is exported."""
     (tmp_path / "one").mkdir()
-    (one,) = ranks(search_here, 1, path=written(scores, tmp_path / "one", start="best"))
-    two, other = ranks(search_here, 2, path=written(scores, tmp_path, engine="fsdp2"))
-    assert two["best"] == other["best"] and two["best"]["label"] == one["best"]["label"]
-    assert two["best"]["score"] == pytest.approx(one["best"]["score"], rel=1e-5)
-    assert len(one["tried"]) == TRIED + 5
-    alone, together = load(tmp_path / "one/out/search/average"), load(tmp_path / "out/search/average")
-    for name, value in alone.items():
-        torch.testing.assert_close(together[name], value)
+    (first,) = ranks(search_here, 1, path=written(scores, tmp_path / "one", start="best"))
+    two, second = ranks(search_here, 2, path=written(scores, tmp_path, engine="fsdp2"))
+    assert two["best"] == second["best"] and two["best"]["label"] == first["best"]["label"]
+    assert two["best"]["score"] == pytest.approx(first["best"]["score"], rel=1e-5)
+    assert len(first["tried"]) == TRIED + 5
+    single, combined = load(tmp_path / "one/out/search/average"), load(tmp_path / "out/search/average")
+    for name, value in single.items():
+        torch.testing.assert_close(combined[name], value)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +101,15 @@ def test_ranks_find_the_same(ranks: Pool, scores: Brought, tmp_path: Path) -> No
         (["basis=simplex", "groups=tensor"], ["basis 'simplex'"]),
     ],
 )
-def test_refused(scores: Brought, tmp_path: Path, shell: Any, words: list[str], expected: list[str]) -> None:
-    said = shell("search", written(scores, tmp_path), *words)
-    assert said.code == 2 and "Traceback" not in said.err and all(word in said.err for word in expected), said.err
+def test_refused(scores: TrainedCandidates, tmp_path: Path, shell: Any, words: list[str], expected: list[str]) -> None:
+    result = shell("search", written(scores, tmp_path), *words)
+    assert result.code == 2 and "Traceback" not in result.err and all(word in result.err for word in expected), (
+        result.err
+    )
     assert not (tmp_path / "out/search/average").exists() and not (tmp_path / "out/search/.lock").exists()
 
 
-def test_a_run_beside_it(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_a_run_beside_it(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """A search has a directory of its own: what a run has written stays."""
     config = written(scores, tmp_path)
     run_here(json.loads(config.read_text()))

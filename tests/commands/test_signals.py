@@ -41,8 +41,8 @@ def test_signal_leaves_no_files(tmp_path: Path, number: int, ranks: int) -> None
         [sys.executable, *launcher, "-m", "twa_scale", "average", *map(str, candidates), "--out", str(out)], out
     )
     os.kill(process.pid, number)
-    _, said = process.communicate(timeout=120)
-    assert f"stopped by {signal.Signals(number).name}".encode() in said
+    _, result = process.communicate(timeout=120)
+    assert f"stopped by {signal.Signals(number).name}".encode() in result
     assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates"]
     assert process.returncode == (128 + number if ranks == 1 else 1)  # torchrun's own
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import load, run_here, settings
 from tests.limits import files_up_to
 from twa_scale.average.state import PREVIOUS, STATE, load_state, save_state
@@ -18,7 +18,7 @@ from twa_scale.errors import OutputError, StateError
 
 
 @pytest.fixture(scope="module")
-def ended(scores: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ended(scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps; look, do not touch."""
     output = tmp_path_factory.mktemp("state") / "out"
     run_here(settings(scores.candidates, scores.task, output, checkpoint_every=1))
@@ -108,10 +108,12 @@ def test_what_is_no_file(output: Path) -> None:
     assert "not a regular file" in refused(output)
 
 
-def test_commands_name_the_file(ended: Path, scores: Brought, output: Path, tmp_path: Path, shell: Any) -> None:
+def test_commands_name_the_file(
+    ended: Path, scores: TrainedCandidates, output: Path, tmp_path: Path, shell: Any
+) -> None:
     (output / STATE).write_bytes((ended / STATE).read_bytes()[:-1])
-    said = shell("export", output, "--out", tmp_path / "merged")
-    assert said.code == 2 and STATE in said.err and "damaged" in said.err
+    result = shell("export", output, "--out", tmp_path / "merged")
+    assert result.code == 2 and STATE in result.err and "damaged" in result.err
     with pytest.raises(StateError, match=r"state\.pt: is damaged"):
         run_here(settings(scores.candidates, scores.task, output))
 
@@ -187,20 +189,20 @@ def test_a_state_that_is_not_finite_is_not_saved(output: Path, field: str) -> No
 
 
 def test_the_state_before_stands_in_for_a_damaged_one(
-    ended: Path, scores: Brought, tmp_path: Path, shell: Any, capsys: pytest.CaptureFixture[str]
+    ended: Path, scores: TrainedCandidates, tmp_path: Path, shell: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest, before = load_state(ended), _only(ended / PREVIOUS, tmp_path / "one")
     assert newest.step >= before.step > 0
     output = tmp_path / "out"
     shutil.copytree(ended, output)
     (output / STATE).write_bytes((ended / STATE).read_bytes()[:-1])
-    said = shell("export", output, "--out", tmp_path / "merged")
-    assert said.code == 0 and "state.pt: is damaged" in said.err and f"{PREVIOUS} is used" in said.err
-    assert f"step {before.step}" in said.out
+    result = shell("export", output, "--out", tmp_path / "merged")
+    assert result.code == 0 and "state.pt: is damaged" in result.err and f"{PREVIOUS} is used" in result.err
+    assert f"step {before.step}" in result.out
     (output / STATE).unlink()  # as a kill between two renames would leave it
     run_here(settings(scores.candidates, scores.task, output))
-    expected, found = load(ended / "average"), load(output / "average")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    expected, actual = load(ended / "average"), load(output / "average")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
     assert plain(load_state(output).model_dump()) == plain(newest.model_dump())
 
 

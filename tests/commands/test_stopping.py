@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import load, run_here, settings, state_of
 from tests.commands.test_resume import lines
 from tests.pool import Pool
@@ -23,10 +23,12 @@ ROOT = Path(__file__).parents[2]
 STEPS = 8
 
 
-def life(brought: Brought, output: Path, task: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+def life(
+    trained_candidates: TrainedCandidates, output: Path, task: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
     usual = {"steps": STEPS, "evaluate_every": 2, "checkpoint_every": 3}
     section = {"name": "tests.commands.interrupted:scores", **(task or {})}
-    return settings(brought.candidates, section, output, **usual | changes)
+    return settings(trained_candidates.candidates, section, output, **usual | changes)
 
 
 def run_with_handlers(data: dict[str, Any]) -> str:
@@ -41,14 +43,18 @@ def run_with_handlers(data: dict[str, Any]) -> str:
 def same_end(one: Path, other: Path) -> None:
     for key in ("x", "coefficients"):
         assert torch.equal(state_of(one)["twa"][key], state_of(other)["twa"][key])
-    expected, found = load(one / "average"), load(other / "average")
-    assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
-    told = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(output)] for output in (one, other)]
-    assert told[0] == told[1]
+    expected, actual = load(one / "average"), load(other / "average")
+    assert expected.keys() == actual.keys() and all(
+        torch.equal(actual[name], value) for name, value in expected.items()
+    )
+    messages = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in lines(output)] for output in (one, other)
+    ]
+    assert messages[0] == messages[1]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ranks: Pool, scores: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(ranks: Pool, scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out"
     ranks(run_here, 2, data=life(scores, output, engine="fsdp2"))
     return output
@@ -67,24 +73,31 @@ def undisturbed(ranks: Pool, scores: Brought, tmp_path_factory: pytest.TempPathF
     ],
 )
 def test_all_ranks_stop_at_the_next_boundary(
-    ranks: Pool, scores: Brought, undisturbed: Path, tmp_path: Path, method: str, call: int, rank: int, step: int
+    ranks: Pool,
+    scores: TrainedCandidates,
+    undisturbed: Path,
+    tmp_path: Path,
+    method: str,
+    call: int,
+    rank: int,
+    step: int,
 ) -> None:
     task = {"method": method, "call": call, "rank": rank}
-    said = ranks(run_with_handlers, 2, data=life(scores, tmp_path, task, engine="fsdp2"))
-    assert said[0] == said[1] and f"at step {step} of {STEPS}" in said[0]
+    result = ranks(run_with_handlers, 2, data=life(scores, tmp_path, task, engine="fsdp2"))
+    assert result[0] == result[1] and f"at step {step} of {STEPS}" in result[0]
     assert state_of(tmp_path)["step"] == step and not (tmp_path / "average").exists()
     ranks(run_here, 2, data=life(scores, tmp_path, engine="fsdp2"))
     same_end(undisturbed, tmp_path)
 
 
-def test_alone(scores: Brought, tmp_path: Path) -> None:
+def test_alone(scores: TrainedCandidates, tmp_path: Path) -> None:
     run_here(life(scores, tmp_path / "whole"))
     run_with_handlers(life(scores, tmp_path / "parts", {"method": "loss", "call": 3}))
     run_here(life(scores, tmp_path / "parts"))
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_signal_during_the_final_export_is_too_late(scores: Brought, tmp_path: Path) -> None:
+def test_a_signal_during_the_final_export_is_too_late(scores: TrainedCandidates, tmp_path: Path) -> None:
     evaluations = STEPS // 2 + 1  # of two batches each
     run_here(life(scores, tmp_path, {"method": "metrics", "call": 2 * evaluations}))
     assert (tmp_path / "average").exists()
@@ -114,13 +127,13 @@ def test_a_thread_leaves_the_signals_alone() -> None:
     assert seen == before
 
 
-def test_what_another_run_left_is_not_continued(scores: Brought, tmp_path: Path) -> None:
+def test_what_another_run_left_is_not_continued(scores: TrainedCandidates, tmp_path: Path) -> None:
     """A run that must not resume, stopped before its first save, leaves nothing that its second start could take."""
     run_here(life(scores, tmp_path, seed=1))
     with pytest.raises(RuntimeError, match="gone"):
         run_here(
             life(
-                Brought({}, scores.candidates),
+                TrainedCandidates({}, scores.candidates),
                 tmp_path,
                 {"name": "tests.commands.material:scores", "die_at": 1},
                 resume=False,
@@ -129,19 +142,19 @@ def test_what_another_run_left_is_not_continued(scores: Brought, tmp_path: Path)
     assert not (tmp_path / "state.pt").exists()
 
 
-def test_exit_code_of_the_command(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_exit_code_of_the_command(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", {"method": "loss", "call": 2})))
-    said = shell("run", config)
-    assert said.code == STOPPED == 75
-    assert f"stopped early at step 2 of {STEPS}" in said.err and "state.pt" in said.err
+    result = shell("run", config)
+    assert result.code == STOPPED == 75
+    assert f"stopped early at step 2 of {STEPS}" in result.err and "state.pt" in result.err
     assert shell("run", config, "task.method=none").code == 0
     assert [line["step"] for line in lines(tmp_path / "out") if "loss" in line] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["launcher", "rank"])
-def test_under_torchrun(ranks: Pool, scores: Brought, undisturbed: Path, tmp_path: Path, to: str) -> None:
+def test_under_torchrun(ranks: Pool, scores: TrainedCandidates, undisturbed: Path, tmp_path: Path, to: str) -> None:
     """torchrun hands SIGTERM on to its ranks; and one rank that is told alone tells the others."""
     config = tmp_path / "run.yaml"
     data = life(scores, tmp_path / "out", engine="fsdp2")

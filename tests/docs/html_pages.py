@@ -23,14 +23,14 @@ class Page(HTMLParser):
         self.feed(self.path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
-        self.ids.update(found[key] for key in ("id", "name") if key in found)
-        if tag == "a" and "href" in found:
-            self.links.append(found["href"])
-        if tag in ("script", "img", "iframe", "source") and "src" in found:
-            self.loads.append(found["src"])
-        if tag == "link" and found.get("rel") in ("stylesheet", "preconnect", "icon"):
-            self.loads.append(found["href"])
+        actual = {name: value or "" for name, value in attrs}
+        self.ids.update(actual[key] for key in ("id", "name") if key in actual)
+        if tag == "a" and "href" in actual:
+            self.links.append(actual["href"])
+        if tag in ("script", "img", "iframe", "source") and "src" in actual:
+            self.loads.append(actual["src"])
+        if tag == "link" and actual.get("rel") in ("stylesheet", "preconnect", "icon"):
+            self.loads.append(actual["href"])
         self._in_article += tag == "article"
         self._in_code += tag in ("code", "style", "script")
         if self._in_article:

@@ -93,14 +93,14 @@ PAGE = ROOT / "docs" / "extending.md"
 
 def diffs_of(page: Path) -> dict[str, str]:
     """Return the diff of each section that has one, by the anchor of its title."""
-    lines, found = page.read_text().splitlines(), {}
+    lines, actual = page.read_text().splitlines(), {}
     for block in blocks_of(page):
         if block.language == "diff":
             title = next(line for line in reversed(lines[: block.line]) if line.startswith("## "))
             anchor = title.removeprefix("## ").lower().replace(" ", "-")
-            assert anchor not in found, f"{block.where}: one diff for each section"
-            found[anchor] = block.text
-    return found
+            assert anchor not in actual, f"{block.where}: one diff for each section"
+            actual[anchor] = block.text
+    return actual
 
 
 DIFFS = diffs_of(PAGE)

@@ -45,7 +45,7 @@ def test_every_link_leads_to_a_page_and_an_anchor(pages: dict[Path, Page]) -> No
 
 
 def test_nothing_is_swallowed_as_a_tag(pages: dict[Path, Page]) -> None:
-    unknown = {str(path): found for path, page in pages.items() if (found := page.tags - KNOWN_TAGS)}
+    unknown = {str(path): actual for path, page in pages.items() if (actual := page.tags - KNOWN_TAGS)}
     assert unknown == {}
 
 

@@ -134,9 +134,9 @@ def test_kernels(name: Literal["torch", "triton"], dtype: torch.dtype, m: int) -
     dense.write(0, rows)
     gradient = torch.randn(m, generator=generator, device="cuda")
     expected = rows.double() @ gradient.double()
-    found = kernels.project(dense, gradient)
-    assert found.is_cuda and found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(m, 1) ** 0.5)
+    actual = kernels.project(dense, gradient)
+    assert actual.is_cuda and actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * max(m, 1) ** 0.5)
 
     weights = torch.randn(N, generator=generator, device="cuda", dtype=torch.float64)
     base = torch.randn(m, generator=generator, device="cuda")
@@ -161,11 +161,11 @@ def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     twa = twa_scale.attach(model, candidates=states)
-    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    stored, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     assert twa.store_bytes == 4 * (N + 1) * 4096 * 4096
-    assert twa.store_bytes <= held <= 1.02 * twa.store_bytes + (1 << 20)
+    assert twa.store_bytes <= stored <= 1.02 * twa.store_bytes + (1 << 20)
     # A chunk's rows with the double copy that the Gram matrix takes of a part of them, and one block of `combine`.
-    assert peak <= held + 2 * scratch_bytes(N, 4096 * 4096) + 3 * GPU_BLOCK
+    assert peak <= stored + 2 * scratch_bytes(N, 4096 * 4096) + 3 * GPU_BLOCK
     torch.testing.assert_close(model.weight.detach().cpu(), first["weight"] + (N - 1) / 2)
     twa.close()
 

@@ -38,8 +38,8 @@ def shard(kind: str, group: dist.ProcessGroup | None, *, bf16: bool = False) -> 
             options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = build().cuda()
     model[2] = wrapper(model[2], **options)
-    held: nn.Module = wrapper(model, **options)
-    return held
+    stored: nn.Module = wrapper(model, **options)
+    return stored
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,8 +63,8 @@ def trained(kind: str, bf16: bool) -> tuple[dict[str, Tensor], Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks(ranks: Pool, kind: str, bf16: bool) -> None:
     """Ranks see the same batches here; half of every flat parameter is each one's to train."""
-    for found in ranks(trained, 2, kind=kind, bf16=bf16, timeout=120):
-        check(found, 3e-2 if bf16 else 1e-4)
+    for actual in ranks(trained, 2, kind=kind, bf16=bf16, timeout=120):
+        check(actual, 3e-2 if bf16 else 1e-4)
 
 
 def outputs(kind: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,6 +84,6 @@ def outputs(kind: str) -> tuple[Tensor, Tensor, Tensor]:
 @two_gpus
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_forward_sees_what_was_written(ranks: Pool, kind: str) -> None:
-    for before, shown, want in ranks(outputs, 2, kind=kind):
-        torch.testing.assert_close(shown, want, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(before, want, rtol=1e-3)
+    for before, displayed, expected in ranks(outputs, 2, kind=kind):
+        torch.testing.assert_close(displayed, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(before, expected, rtol=1e-3)

@@ -37,7 +37,7 @@ def offloaded(config: TwaConfig, n: int, buffer: int = BUFFER) -> OffloadedStore
 
 def filled(config: TwaConfig, spans: list[Span], buffer: int, n: int = N) -> tuple[OffloadedStore, list[Any]]:
     """The store, and the rows and center of each span beside the weights: with the codes that the CPU made."""
-    store, near = offloaded(config, n, buffer), []
+    store, resident = offloaded(config, n, buffer), []
     inner = host_store(config, n, torch.zeros)
     generator = torch.Generator().manual_seed(1)
     for span in spans:
@@ -45,8 +45,8 @@ def filled(config: TwaConfig, spans: list[Span], buffer: int, n: int = N) -> tup
         for each in (store, inner):
             fill(each, span, values)
         rows, center = inner.held(span)
-        near.append((rows.over([t.cuda() for t in rows.tensors]), center.cuda()))
-    return store, near
+        resident.append((rows.over([t.cuda() for t in rows.tensors]), center.cuda()))
+    return store, resident
 
 
 def busy(milliseconds: float) -> None:
@@ -55,7 +55,7 @@ def busy(milliseconds: float) -> None:
 
 def seconds(work: Callable[[], object], times: int = 5) -> float:
     """The best of some, by events: nothing is asked of the host."""
-    found: list[float] = []
+    actual: list[float] = []
     for _ in range(times + 1):  # the first compiles
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -63,8 +63,8 @@ def seconds(work: Callable[[], object], times: int = 5) -> float:
         work()
         last.record()
         last.synchronize()
-        found.append(first.elapsed_time(last) / 1e3)
-    return min(found[1:])
+        actual.append(first.elapsed_time(last) / 1e3)
+    return min(actual[1:])
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -73,11 +73,11 @@ def seconds(work: Callable[[], object], times: int = 5) -> float:
 def test_the_same_as_beside_the_weights(name: Any, kernels: Any, late: bool) -> None:
     """Also when the GPU is far behind the host, and from several streams: no buffer is filled before it was read."""
     spans = [Span(str(i), i, i + m) for i, m in enumerate((3, 600_000, 0, 900, 1_000_003))]
-    store, near = filled(TwaConfig(store=name, kernels=kernels), spans, 1 << 19)
+    store, resident = filled(TwaConfig(store=name, kernels=kernels), spans, 1 << 19)
     compute = choose_kernels(kernels, torch.device("cuda"))
     generator = torch.Generator(device="cuda").manual_seed(2)
     streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
-    found = []
+    actual = []
     for turn in range(2 * len(spans)):
         span = spans[turn % len(spans)]
         gradient = torch.randn(len(span), generator=generator, device="cuda")
@@ -90,15 +90,15 @@ def test_the_same_as_beside_the_weights(name: Any, kernels: Any, late: bool) -> 
                 busy(20)
             products = store.project(span, gradient, True)
             store.combine(span, weights, 0.7, out)
-        found.append((*near[turn % len(spans)], gradient, weights, products, out))
+        actual.append((*resident[turn % len(spans)], gradient, weights, products, out))
     torch.cuda.synchronize()
-    for rows, center, gradient, weights, products, out in found:
+    for rows, center, gradient, weights, products, out in actual:
         assert products.is_cuda and products.dtype == torch.float64
         torch.testing.assert_close(products[:-1], compute.project(rows, gradient), rtol=1e-6, atol=1e-4)
         torch.testing.assert_close(products[-1], center.double() @ gradient.double(), rtol=1e-4, atol=1e-2)
-        want = torch.empty_like(out)
-        compute.combine(rows, weights, center, 0.7, want)
-        torch.testing.assert_close(out, want, rtol=0, atol=0)
+        expected = torch.empty_like(out)
+        compute.combine(rows, weights, center, 0.7, expected)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
     store.close()
 
 
@@ -140,11 +140,11 @@ def test_training(nccl: None, name: str, sharded: bool) -> None:
         twa.close()
         return weights, twa.coefficients.cpu()
 
-    (one, a), (other, b) = train("auto"), train("cpu")
+    (first, a), (second, b) = train("auto"), train("cpu")
     tolerance = 1e-4 if name == "dense32" else 1e-2  # the GPU and the CPU round some codes to other sides
     torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
-    for key, value in one.items():
-        torch.testing.assert_close(other[key], value, rtol=tolerance, atol=tolerance)
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=tolerance, atol=tolerance)
 
 
 def test_the_gpu_holds_only_buffers() -> None:
@@ -205,13 +205,15 @@ def test_copies_at_the_speed_of_the_bus_and_beside_other_work(name: Any) -> None
     taken = {}
     for operation in (project, combine):
         part = operation.__name__
-        taken[part], near = seconds(lambda: operation(store)), seconds(lambda: operation(resident))  # noqa: B023
+        taken[part], window = seconds(lambda: operation(store)), seconds(lambda: operation(resident))  # noqa: B023
         least = bus[part] / rate
-        print(f"{part}: {1e3 * taken[part]:.2f} ms; the copy alone {1e3 * least:.2f}; beside weights {1e3 * near:.2f}")
-        assert taken[part] <= 1.25 * least + near
+        print(
+            f"{part}: {1e3 * taken[part]:.2f} ms; the copy alone {1e3 * least:.2f}; beside weights {1e3 * window:.2f}"
+        )
+        assert taken[part] <= 1.25 * least + window
 
     side, steps = torch.cuda.Stream(), 1
-    while (alone := seconds(lambda: [matrix @ matrix for _ in range(steps)])) < 2 * taken["project"]:  # noqa: B023
+    while (single := seconds(lambda: [matrix @ matrix for _ in range(steps)])) < 2 * taken["project"]:  # noqa: B023
         steps *= 2
 
     def both() -> None:
@@ -222,9 +224,9 @@ def test_copies_at_the_speed_of_the_bus_and_beside_other_work(name: Any) -> None
             matrix @ matrix
         torch.cuda.current_stream().wait_stream(side)
 
-    together = seconds(both)
-    print(f"products of matrices {1e3 * alone:.2f} ms; with project beside them {1e3 * together:.2f}")
-    assert together <= alone + 0.5 * taken["project"]
+    combined = seconds(both)
+    print(f"products of matrices {1e3 * single:.2f} ms; with project beside them {1e3 * combined:.2f}")
+    assert combined <= single + 0.5 * taken["project"]
     for each in (store, resident):
         each.close()
 
@@ -277,10 +279,12 @@ def test_combining_beside_the_forward_pass_changes_no_bit(nccl: None, store_devi
         twa.close()
         return losses, weights, took
 
-    found, want = train("forward"), train("step")
-    print(f"\nstore_device {store_device}: a step takes {1e3 * want[2]:.2f} ms, with `forward` {1e3 * found[2]:.2f}")
-    assert all(torch.equal(one, other) for one, other in zip(found[0], want[0], strict=True))
-    assert all(torch.equal(found[1][name], value) for name, value in want[1].items())
+    actual, expected = train("forward"), train("step")
+    print(
+        f"\nstore_device {store_device}: a step takes {1e3 * expected[2]:.2f} ms, with `forward` {1e3 * actual[2]:.2f}"
+    )
+    assert all(torch.equal(first, second) for first, second in zip(actual[0], expected[0], strict=True))
+    assert all(torch.equal(actual[1][name], value) for name, value in expected[1].items())
 
 
 def test_the_host_waits_for_no_unit(nccl: None) -> None:

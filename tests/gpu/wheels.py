@@ -29,10 +29,10 @@ def collect(folder: Path) -> None:
         old.unlink()
     pip = [sys.executable, "-m", "pip"]
     quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
-    place = ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"]
-    place += [f"--platform={platform}" for platform in PLATFORMS]
+    options = ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"]
+    options += [f"--platform={platform}" for platform in PLATFORMS]
     pinned = [f"{name}=={version(name)}" for name in BINARY]
-    subprocess.run([*pip, "download", *quiet, *place, f"--dest={wheels}", *pinned], check=True)
+    subprocess.run([*pip, "download", *quiet, *options, f"--dest={wheels}", *pinned], check=True)
     for name in PURE:
         command = [*pip, "wheel", *quiet, "--no-build-isolation", f"--wheel-dir={wheels}", f"{name}=={version(name)}"]
         subprocess.run(command, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})

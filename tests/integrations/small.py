@@ -67,7 +67,7 @@ def train_by_hand() -> dict[str, Any]:
     net, batches = network(), rows().split(SIZE)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
     averages = twa_scale.RunningAverages(net, ema=[DECAY], window=WINDOW)
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     for i, x in enumerate([*batches, *batches]):
         (loss_of(net, x) / ACCUMULATE).backward()
         if (i + 1) % ACCUMULATE == 0:
@@ -75,17 +75,17 @@ def train_by_hand() -> dict[str, Any]:
             optimizer.zero_grad()
             averages.step()
         if i + 1 == HALF * ACCUMULATE:
-            found["trained half"] = weights_of(net)
+            actual["trained half"] = weights_of(net)
             with averages.weights("ema"):
-                found["ema half"] = weights_of(net)
-    found["trained"] = weights_of(net)
+                actual["ema half"] = weights_of(net)
+    actual["trained"] = weights_of(net)
     with averages.weights("ema"), torch.no_grad():
-        found["ema"] = weights_of(net)
-        found["val_loss"] = float(sum(loss_of(net, x) for x in batches[:2]) / 2)
+        actual["ema"] = weights_of(net)
+        actual["val_loss"] = float(sum(loss_of(net, x) for x in batches[:2]) / 2)
     with averages.learning(LEARN) as twa:
         take_steps(net, twa)
-        found["learned"] = weights_of(net)
-    return found
+        actual["learned"] = weights_of(net)
+    return actual
 
 
 def coefficients_by_hand() -> tuple[torch.Tensor, Weights]:

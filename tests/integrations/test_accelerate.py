@@ -42,64 +42,69 @@ def test_a_loop_keeps_averages(tmp_path: Path, by_hand: dict[str, Any]) -> None:
 
 
 def test_what_would_count_wrongly_is_refused(tmp_path: Path) -> None:
-    one = Training("plain")
-    averages = prepare(one.accelerator, one.model, ema=[DECAY], window=WINDOW)
+    first = Training("plain")
+    averages = prepare(first.accelerator, first.model, ema=[DECAY], window=WINDOW)
     with pytest.raises(TwaError, match="counts the steps of the optimizer itself"):
         averages.step()
     with pytest.raises(ConfigError, match="averages named 'averages' already"):
-        prepare(one.accelerator, one.model, ema=[0.9])
+        prepare(first.accelerator, first.model, ema=[0.9])
     with pytest.raises(ConfigError, match=r"not one that accelerator\.prepare has returned"):
-        prepare(one.accelerator, torch.nn.Linear(2, 2), ema=[0.9])
-    other = one.accelerator.prepare(torch.nn.Linear(2, 2))
+        prepare(first.accelerator, torch.nn.Linear(2, 2), ema=[0.9])
+    second = first.accelerator.prepare(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="no optimizer that the accelerator has prepared"):
-        prepare(one.accelerator, other, ema=[0.9], name="b")
-    one.accelerator.save_state(str(tmp_path))
+        prepare(first.accelerator, second, ema=[0.9], name="b")
+    first.accelerator.save_state(str(tmp_path))
     (tmp_path / "averages" / "averages-00000-of-00001.pt").unlink()
     with pytest.warns(TwaWarning, match="has no averages"):
-        one.accelerator.load_state(str(tmp_path))
-    foreign = SimpleNamespace(param_groups=[{"params": list(other.parameters())}])
-    one.accelerator.prepare_optimizer(foreign, device_placement=False)
+        first.accelerator.load_state(str(tmp_path))
+    foreign = SimpleNamespace(param_groups=[{"params": list(second.parameters())}])
+    first.accelerator.prepare_optimizer(foreign, device_placement=False)
     with pytest.raises(ConfigError, match=r"not a torch\.optim\.Optimizer"):
-        prepare(one.accelerator, other, ema=[0.9], name="b")
+        prepare(first.accelerator, second, ema=[0.9], name="b")
 
 
 def test_a_closed_average_is_not_saved(tmp_path: Path) -> None:
-    one = Training("plain")
-    averages = prepare(one.accelerator, one.model, window=WINDOW)
-    one.epoch()
+    first = Training("plain")
+    averages = prepare(first.accelerator, first.model, window=WINDOW)
+    first.epoch()
     with averages.learning(LEARN) as twa:
-        one.epoch(optimizer_of(one.accelerator, twa))
-    one.accelerator.save_state(str(tmp_path))
-    other = Training("plain")
-    resumed = prepare(other.accelerator, other.model, window=WINDOW)
-    other.accelerator.load_state(str(tmp_path))
+        first.epoch(optimizer_of(first.accelerator, twa))
+    first.accelerator.save_state(str(tmp_path))
+    second = Training("plain")
+    resumed = prepare(second.accelerator, second.model, window=WINDOW)
+    second.accelerator.load_state(str(tmp_path))
     assert resumed.num_steps == averages.num_steps
 
 
 def test_rows_are_in_the_state_where_each_node_saves(tmp_path: Path) -> None:
     candidates = [network(seed).state_dict() for seed in range(3)]
-    found: list[dict[str, Any]] = []
+    actual: list[dict[str, Any]] = []
     for _ in range(2):
-        one = Training("plain", given=True)
-        one.accelerator.project_configuration.save_on_each_node = True
-        with closing(twa_scale.attach(one.model, candidates, ROWS)) as twa:
-            optimizer = optimizer_of(one.accelerator, twa)
-            if not found:
-                one.epoch(optimizer)
-                one.accelerator.save_state(str(tmp_path))
+        first = Training("plain", given=True)
+        first.accelerator.project_configuration.save_on_each_node = True
+        with closing(twa_scale.attach(first.model, candidates, ROWS)) as twa:
+            optimizer = optimizer_of(first.accelerator, twa)
+            if not actual:
+                first.epoch(optimizer)
+                first.accelerator.save_state(str(tmp_path))
             else:
-                one.accelerator.load_state(str(tmp_path))
-            found.append({**one.weights(), "coefficients": twa.coefficients})
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+                first.accelerator.load_state(str(tmp_path))
+            actual.append({**first.weights(), "coefficients": twa.coefficients})
+    torch.testing.assert_close(actual[1], actual[0], rtol=0, atol=0)
     assert torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=True)["rows"]["values"]
     assert not list(tmp_path.glob("*_rows"))
 
 
 def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    one = Training("plain")
-    names = {"accelerator": one.accelerator, "model": one.model, "optimizer": one.optimizer, "loader": one.loader}
+    first = Training("plain")
+    names = {
+        "accelerator": first.accelerator,
+        "model": first.model,
+        "optimizer": first.optimizer,
+        "loader": first.loader,
+    }
     names |= {"loss_of": lambda model, batch: (model(batch) - batch).square().mean(), "evaluate": lambda model: 0.0}
     run_example("accelerate", names)
-    found = load_file(tmp_path / "out" / "average" / "model.safetensors")
-    assert not torch.equal(found["0.weight"], one.weights()["0.weight"])  # the trained weights are there again
+    actual = load_file(tmp_path / "out" / "average" / "model.safetensors")
+    assert not torch.equal(actual["0.weight"], first.weights()["0.weight"])  # the trained weights are there again

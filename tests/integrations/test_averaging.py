@@ -36,4 +36,4 @@ def learn_from_uneven_data() -> str:
 
 
 def test_all_ranks_are_told_that_the_batches_of_one_have_ended(ranks: Pool) -> None:
-    assert all("yields no more batches" in said for said in ranks(learn_from_uneven_data, 2))
+    assert all("yields no more batches" in messages for messages in ranks(learn_from_uneven_data, 2))

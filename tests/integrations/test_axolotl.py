@@ -96,8 +96,8 @@ def test_axolotl_keeps_averages_learns_and_resumes(ranks: int, folder: Path) -> 
     assert same(load_file(out / "average/model.safetensors"), learned)
 
 
-@pytest.mark.parametrize(("twa", "said"), [({"emas": [0.9]}, "twa.emas"), (None, "twa: the plugin TwaPlugin needs")])
-def test_a_wrong_setting_is_named(twa: dict[str, Any] | None, said: str, folder: Path) -> None:
+@pytest.mark.parametrize(("twa", "message"), [({"emas": [0.9]}, "twa.emas"), (None, "twa: the plugin TwaPlugin needs")])
+def test_a_wrong_setting_is_named(twa: dict[str, Any] | None, message: str, folder: Path) -> None:
     done = train(folder, twa)
-    assert done.returncode != 0 and said in done.stderr + done.stdout
+    assert done.returncode != 0 and message in done.stderr + done.stdout
     assert not (folder / "out").exists() or not list((folder / "out").glob("checkpoint-*"))

@@ -38,11 +38,11 @@ def check(pattern: str, **spec: Any) -> None:
 def test_timm(tmp_path: Path) -> None:
     saver = pytest.importorskip("timm.utils", reason="timm or torchvision is not installed", exc_type=ImportError)
     for epoch in (0, 1):
-        held = model(epoch)
+        stored = model(epoch)
         args = argparse.Namespace(model="x", lr=[1e-3])
         ema = saver.ModelEmaV3(model(1 - epoch))
-        optimizer = torch.optim.AdamW(held.parameters())
-        saver.CheckpointSaver(held, optimizer, args, ema, checkpoint_dir=str(tmp_path)).save_checkpoint(epoch, 1.0)
+        optimizer = torch.optim.AdamW(stored.parameters())
+        saver.CheckpointSaver(stored, optimizer, args, ema, checkpoint_dir=str(tmp_path)).save_checkpoint(epoch, 1.0)
     check(f"{tmp_path}/*.pth.tar")  # beside last.pth.tar and model_best.pth.tar
     check(f"{tmp_path}/*.pth.tar", weights_key="state_dict_ema")
 

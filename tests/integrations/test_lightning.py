@@ -46,9 +46,9 @@ def by_hand() -> dict[str, Any]:
 def test_a_trainer_keeps_averages(kind: str, tmp_path: Path, by_hand: dict[str, Any]) -> None:
     """They are those of a loop of one's own, shown in validations, saved, and resumed with the same bits."""
     require_results(results(kind, tmp_path), by_hand, 0.0)
-    held = torch.load(tmp_path / f"step={HALF}.ckpt", weights_only=True)
-    require_equal(within_net(held["state_dict"]), by_hand["trained half"])
-    require_equal(within_net(held["twa_scale"]["average"]), by_hand["ema half"])
+    stored = torch.load(tmp_path / f"step={HALF}.ckpt", weights_only=True)
+    require_equal(within_net(stored["state_dict"]), by_hand["trained half"])
+    require_equal(within_net(stored["twa_scale"]["average"]), by_hand["ema half"])
     final = Module.load_from_checkpoint(tmp_path / "average" / "average.ckpt", manual=True)
     require_equal(weights_of(final.net), by_hand["ema"])  # of the second fit, which does not learn
 
@@ -128,13 +128,13 @@ def test_further_averages_are_validated_with_prefixes_of_their_own(tmp_path: Pat
     trainer.fit(module, data(), data())
     require_equal(weights_of(module.net), by_hand["trained"])
     ema = f"ema-{DECAY}_val_loss"
-    assert [set(found) for found in monitor.found] == [
+    assert [set(result) for result in monitor.found] == [
         {"val_loss", "last_val_loss", ema},
         {"val_loss", "last_val_loss", ema, "mean_val_loss"},
     ]
-    found = monitor.found[-1]
-    assert found["last_val_loss"] == pytest.approx(loss_with(by_hand["trained"]))
-    assert found["val_loss"] == found[ema] == pytest.approx(by_hand["val_loss"])
+    actual = monitor.found[-1]
+    assert actual["last_val_loss"] == pytest.approx(loss_with(by_hand["trained"]))
+    assert actual["val_loss"] == actual[ema] == pytest.approx(by_hand["val_loss"])
     learned = weights_of(Module.load_from_checkpoint(averaging.average_path).net)
     assert float(trainer.callback_metrics["average_val_loss"]) == pytest.approx(loss_with(learned))
     names = [key for entry in logged.entries for key in entry if key.endswith("val_loss")]
@@ -164,13 +164,13 @@ def loss_with(weights: Weights) -> float:
 def test_a_checkpoint_of_other_ranks_is_refused_and_one_without_averages_begins_anew(tmp_path: Path) -> None:
     fit("automatic", tmp_path)
     path = tmp_path / f"step={HALF}.ckpt"
-    held = torch.load(path, weights_only=True)
-    held["twa_scale"]["states"] *= 2
-    torch.save(held, path)
+    stored = torch.load(path, weights_only=True)
+    stored["twa_scale"]["states"] *= 2
+    torch.save(stored, path)
     with pytest.raises(StateError, match="averages of 2 ranks, and there are 1"):
         fit("automatic", tmp_path, path)
-    del held["twa_scale"]
-    torch.save(held, path)
+    del stored["twa_scale"]
+    torch.save(stored, path)
     with pytest.warns(TwaWarning, match=f"new ones start at step {HALF}"):
         fit("automatic", tmp_path, path)
 
@@ -201,8 +201,8 @@ def test_each_of_several_optimizers_counts_in_either_package(tmp_path: Path) -> 
     trainer.fit(Two(), data())
     assert callback.averages is not None and callback.averages.num_steps == trainer.global_step == STEPS
     assert callback.average_path is not None
-    held = torch.load(tmp_path / "last.ckpt", weights_only=True)["twa_scale"]["average"]
-    assert same(held, torch.load(callback.average_path, weights_only=True)["state_dict"])
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["twa_scale"]["average"]
+    assert same(stored, torch.load(callback.average_path, weights_only=True)["state_dict"])
 
 
 class Fail(pl.Callback):
@@ -263,13 +263,13 @@ def test_what_a_trainer_must_not_have_is_refused(tmp_path: Path) -> None:
     other = transformers.TwaCallback(ema=[DECAY])
     twa = twa_scale.attach(network(), [network(seed).state_dict() for seed in range(2)])
     coefficients = transformers.CoefficientsCallback(twa)
-    for callbacks, manual, said in (
+    for callbacks, manual, messages in (
         ((averaging, EMAWeightAveraging()), False, "EMAWeightAveraging also writes averages"),
         ((other,), False, "Lightning's Trainer needs that of twa_scale.integrations.lightning"),
         ((coefficients,), False, "CoefficientsCallback of .*Leave the callback out"),
         ((learning,), True, "training_step that returns the loss"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=messages):
             trainer_with("manual", tmp_path, *callbacks).fit(Module(manual), data())
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `TwaCallback`"):
         trainer_with("manual", tmp_path, averaging, learning)

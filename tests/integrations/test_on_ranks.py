@@ -39,21 +39,21 @@ def saved(directory: Path, kind: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", train_lightning.KINDS)
 def test_lightning_keeps_averages(kind: str, on_ranks: Path, by_hand: dict[str, Any]) -> None:
-    for found in saved(on_ranks / "lightning", kind):
-        train_lightning.require_results(found, by_hand, 1e-6)
+    for actual in saved(on_ranks / "lightning", kind):
+        train_lightning.require_results(actual, by_hand, 1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", train_accelerate.KINDS)
 def test_accelerate_keeps_averages(kind: str, on_ranks: Path, by_hand: dict[str, Any]) -> None:
-    for found in saved(on_ranks / "accelerate", kind):
-        train_accelerate.require_results(found, by_hand, 1e-6)
+    for actual in saved(on_ranks / "accelerate", kind):
+        train_accelerate.require_results(actual, by_hand, 1e-6)
 
 
 @pytest.mark.slow
 def test_an_average_of_an_interrupted_validation_is_not_saved_as_trained_weights(on_ranks: Path) -> None:
-    for found in saved(on_ranks, "interrupted"):
-        assert "could not restore the trained weights" in found["told"] and not found["left"]
+    for actual in saved(on_ranks, "interrupted"):
+        assert "could not restore the trained weights" in actual["told"] and not actual["left"]
 
 
 @pytest.mark.slow

@@ -60,15 +60,15 @@ def train(directory: Path, start: TrainerCallback, resume: str | None = None) ->
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("environment")
-def test_a_trainer_resumes_from_the_average(here: Path) -> None:
-    train(here / "out", Start())
+def test_a_trainer_resumes_from_the_average(working_directory: Path) -> None:
+    train(working_directory / "out", Start())
     average_fixed(["out/checkpoint-[1-3]"], "average", format="same")
     before = {path.name for path in Path("out/checkpoint-3").iterdir()}
     assert {path.name for path in Path("average").iterdir()} == before | {"twa_scale.json", "README.md"}
     for name in before - {"model.safetensors"}:
         assert Path("average", name).read_bytes() == Path("out/checkpoint-3", name).read_bytes()
     start = Start()
-    train(here / "out", start, "average")
+    train(working_directory / "out", start, "average")
     assert start.step == 3 and start.rate == pytest.approx(1e-2 / 4)
     assert_equal(start.weights, load_file("average/model.safetensors"))
     assert_equal(start.moments, torch.load("out/checkpoint-3/optimizer.pt")["state"][0])
@@ -88,7 +88,7 @@ def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("environment")
-def test_accelerate_loads_the_average(here: Path) -> None:
+def test_accelerate_loads_the_average(working_directory: Path) -> None:
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
     torch.manual_seed(0)
     inner = nn.Linear(4, 3)
@@ -116,7 +116,7 @@ def test_accelerate_loads_the_average(here: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("environment")
-def test_lightning_resumes_from_the_average(here: Path) -> None:
+def test_lightning_resumes_from_the_average(working_directory: Path) -> None:
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):  # type: ignore[name-defined]
@@ -187,20 +187,20 @@ def load(directory: Path) -> dict[str, Any]:
     content = {"model": weights, "optimizer": state, "step": 0}
     dcp.load(content, checkpoint_id=directory)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    held: Any = state["state"]
-    moments = {name: moment["exp_avg"].full_tensor() for name, moment in held.items()}
+    stored: Any = state["state"]
+    moments = {name: moment["exp_avg"].full_tensor() for name, moment in stored.items()}
     full = {name: tensor.full_tensor().clone() for name, tensor in model.state_dict().items()}
     step(model, optimizer)
     return {"weights": full, "moments": moments, "step": content["step"]}
 
 
-def test_fsdp2_resumes_from_the_average_on_another_number_of_ranks(ranks: Pool, here: Path) -> None:
-    ranks(save_steps, 3, directory=here)
+def test_fsdp2_resumes_from_the_average_on_another_number_of_ranks(ranks: Pool, working_directory: Path) -> None:
+    ranks(save_steps, 3, directory=working_directory)
     average_fixed(["step-*"], "average", format="same")
-    first, last = (ranks(load, 2, directory=here / f"step-{number}")[0] for number in (1, 2))
-    for found in ranks(load, 2, directory=here / "average"):
-        assert found["step"] == 2
-        assert_equal(found["moments"], last["moments"])
-        for name, tensor in found["weights"].items():
+    first, last = (ranks(load, 2, directory=working_directory / f"step-{number}")[0] for number in (1, 2))
+    for actual in ranks(load, 2, directory=working_directory / "average"):
+        assert actual["step"] == 2
+        assert_equal(actual["moments"], last["moments"])
+        for name, tensor in actual["weights"].items():
             torch.testing.assert_close(tensor, (first["weights"][name] + last["weights"][name]) / 2)
             assert not torch.equal(tensor, last["weights"][name])

@@ -76,11 +76,11 @@ def texts() -> Iterator[dict[str, torch.Tensor]]:
 @pytest.mark.slow
 def test_a_trainer_keeps_averages(directory: Path) -> None:
     """They are those of the checkpoints, shown in evaluations, saved, resumed with the same bits, and learned from."""
-    found = load_file(directory / f"checkpoint-{STEPS}" / "average" / "model.safetensors")
+    actual = load_file(directory / f"checkpoint-{STEPS}" / "average" / "model.safetensors")
     for name, value in averaged(directory).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
     uninterrupted = load_file(directory / "uninterrupted.safetensors")
-    assert all(torch.equal(value, found[name]) for name, value in uninterrupted.items())
+    assert all(torch.equal(value, actual[name]) for name, value in uninterrupted.items())
     metrics = torch.load(directory / "metrics.pt", weights_only=True)
     for path, metric in ((f"checkpoint-{STEPS}/average", "eval_loss"), (f"checkpoint-{STEPS}", "own_loss")):
         model = AutoModelForCausalLM.from_pretrained(directory / path).eval()
@@ -110,14 +110,14 @@ def learned_by_hand(settings: dict[str, Any]) -> tuple[torch.Tensor, dict[str, t
 @pytest.mark.slow
 def test_an_average_is_the_optimizer_of_a_trainer(tmp_path: Path) -> None:
     """Coefficients are those of a loop of one's own, and resume with the same bits, also if a callback is not given."""
-    found = learned(tmp_path)
-    torch.testing.assert_close(found, learned_by_hand(LEARN), rtol=1e-5, atol=1e-6)
+    actual = learned(tmp_path)
+    torch.testing.assert_close(actual, learned_by_hand(LEARN), rtol=1e-5, atol=1e-6)
     half = tmp_path / f"checkpoint-{HALF}"
-    torch.testing.assert_close(learned(tmp_path, resume=str(half)), found, rtol=0, atol=0)
+    torch.testing.assert_close(learned(tmp_path, resume=str(half)), actual, rtol=0, atol=0)
     with pytest.raises(StateError, match=r"has no coefficients\.pt, which CoefficientsCallback writes"):
         learned(tmp_path, resume=str(half), given=True)
     with_callback = learned(tmp_path, given=True)
-    torch.testing.assert_close(with_callback, found, rtol=0, atol=0)
+    torch.testing.assert_close(with_callback, actual, rtol=0, atol=0)
     with pytest.raises(StateError, match=r"give the Trainer this callback again"):
         learned(tmp_path, resume=str(half))
     (half / "coefficients.pt").write_bytes((half / "coefficients.pt").read_bytes()[:-9])
@@ -130,11 +130,11 @@ def test_an_average_is_the_optimizer_of_a_trainer(tmp_path: Path) -> None:
 def test_an_average_with_rows_is_the_optimizer_of_a_trainer_on_two_ranks(directory: Path) -> None:
     """The callback saves the rows, each rank its own, and resumes with the same bits. Without it no rank begins."""
     of_ranks = [torch.load(directory / f"coefficients-{rank}.pt", weights_only=True) for rank in range(2)]
-    (found, resumed, said), other = of_ranks
-    assert said == other[2] and "callbacks=[CoefficientsCallback(twa)]" in said
+    (actual, resumed, messages), other = of_ranks
+    assert messages == other[2] and "callbacks=[CoefficientsCallback(twa)]" in messages
     assert not list(directory.glob("refused/checkpoint-*"))
-    torch.testing.assert_close([found, resumed], [resumed, other[0]], rtol=0, atol=0)
-    torch.testing.assert_close(found, learned_by_hand(ROWS), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close([actual, resumed], [resumed, other[0]], rtol=0, atol=0)
+    torch.testing.assert_close(actual, learned_by_hand(ROWS), rtol=1e-5, atol=1e-6)
     half = directory / "learned" / f"checkpoint-{HALF}"
     assert torch.load(half / "coefficients.pt", weights_only=True)["rows"]["values"] == {}
     assert len(list(half.glob("state.rows-*/rows.safetensors"))) == 1
@@ -301,12 +301,16 @@ def test_a_trainer_reports_what_a_user_may_not_expect(tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, callback, Forget(), **every)
     with pytest.warns(TwaWarning) as caught:
         trainer.train()
-    said = [str(warning.message) for warning in caught if warning.category is TwaWarning]
+    messages = [str(warning.message) for warning in caught if warning.category is TwaWarning]
     assert {warning.filename for warning in caught if warning.category is TwaWarning} == {__file__}
-    assert len(said) == 4 and "nothing is learned" in said[3]
-    assert f"ends at step {STEPS}" in said[0] and "has 1 snapshots" in said[0] and "nothing will be learned" in said[0]
-    assert "the average 'ema:0.9'" in said[1] and "best_model_checkpoint + '/average'" in said[1]
-    assert "not of the best checkpoint" in said[2]
+    assert len(messages) == 4 and "nothing is learned" in messages[3]
+    assert (
+        f"ends at step {STEPS}" in messages[0]
+        and "has 1 snapshots" in messages[0]
+        and "nothing will be learned" in messages[0]
+    )
+    assert "the average 'ema:0.9'" in messages[1] and "best_model_checkpoint + '/average'" in messages[1]
+    assert "not of the best checkpoint" in messages[2]
 
 
 @pytest.mark.slow
@@ -318,9 +322,9 @@ def test_adapters_of_peft_are_averaged(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), label_names=["labels"], disable_tqdm=True, **options)
     Trainer(model=model, args=args, train_dataset=Texts(), callbacks=[TwaCallback(ema=[DECAY])]).train()
     adapters = [load_file(tmp_path / f"checkpoint-{i + 1}" / "adapter_model.safetensors") for i in range(HALF)]
-    found = load_file(tmp_path / "average" / "adapter_model.safetensors")
-    assert found.keys() == adapters[0].keys()
-    for name, value in found.items():
+    actual = load_file(tmp_path / "average" / "adapter_model.safetensors")
+    assert actual.keys() == adapters[0].keys()
+    for name, value in actual.items():
         average = adapters[0][name]
         for adapter in adapters[1:]:
             average = DECAY * average + (1 - DECAY) * adapter[name]
@@ -339,8 +343,8 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "average")
     origin = json.loads((tmp_path / "average/twa_scale.json").read_text())
     a = torch.tensor(origin["coefficients"], dtype=torch.float64)
-    found = [logged[f"twa_coefficients/{i}"] for i in range(len(a))]
-    assert found == pytest.approx(mean_coefficients(a, origin["elements"]).tolist(), rel=1e-12)
+    actual = [logged[f"twa_coefficients/{i}"] for i in range(len(a))]
+    assert actual == pytest.approx(mean_coefficients(a, origin["elements"]).tolist(), rel=1e-12)
     assert logged["twa_effective_candidates"] == pytest.approx(effective_candidates(a, origin["elements"]), rel=1e-12)
     assert logged["twa_distance"] > 0
     card = ModelCard.load(tmp_path / "average/README.md")
@@ -349,7 +353,7 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({}, "give ema="),
         ({"ema": [0.9], "learn": {}, "learn_steps": 3}, "learn needs window"),
@@ -358,8 +362,8 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
         ({"window": {"every": 1, "keep": 2}, "learn": {"group": "block"}, "learn_steps": 3}, "groups"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         TwaCallback(**options)
 
 

@@ -111,61 +111,61 @@ class Training:
 
 def results(kind: str, directory: Path) -> dict[str, Any]:
     """Return what a training, and its second half once more from the saved state, have left."""
-    found: dict[str, Any] = {}
-    one = Training(kind)
-    averages = averaging.prepare(one.accelerator, one.model, ema=[DECAY], window=WINDOW)
-    one.epoch()
-    one.accelerator.save_state(str(directory / "half"))
+    actual: dict[str, Any] = {}
+    first = Training(kind)
+    averages = averaging.prepare(first.accelerator, first.model, ema=[DECAY], window=WINDOW)
+    first.epoch()
+    first.accelerator.save_state(str(directory / "half"))
     half = deepcopy(plain(averages.state_dict()))
-    one.epoch()
-    found["steps"] = averages.num_steps
-    found["trained"] = one.weights()
+    first.epoch()
+    actual["steps"] = averages.num_steps
+    actual["trained"] = first.weights()
     with averages.weights("ema"):
-        found["ema"] = one.weights()
+        actual["ema"] = first.weights()
     with averages.learning(LEARN) as twa:
-        one.epoch(averaging.optimizer_of(one.accelerator, twa, save=False))
-        found["learned"] = one.weights()
-    found["trained again"] = one.weights()
-    other = Training(kind)
-    resumed = averaging.prepare(other.accelerator, other.model, ema=[DECAY], window=WINDOW)
-    other.accelerator.load_state(str(directory / "half"))
-    found["same"] = same(half, plain(resumed.state_dict()))
-    other.epoch()
+        first.epoch(averaging.optimizer_of(first.accelerator, twa, save=False))
+        actual["learned"] = first.weights()
+    actual["trained again"] = first.weights()
+    second = Training(kind)
+    resumed = averaging.prepare(second.accelerator, second.model, ema=[DECAY], window=WINDOW)
+    second.accelerator.load_state(str(directory / "half"))
+    actual["same"] = same(half, plain(resumed.state_dict()))
+    second.epoch()
     with resumed.weights("ema"):
-        found["resumed"] = other.weights()
-    return {**found, **coefficients(kind, directory)}
+        actual["resumed"] = second.weights()
+    return {**actual, **coefficients(kind, directory)}
 
 
 def coefficients(kind: str, directory: Path) -> dict[str, Any]:
     """Return the coefficients of given candidates after two epochs, and those of a second epoch once more."""
     candidates = [network(seed).state_dict() for seed in range(3)]
-    one = Training(kind, given=True)
-    twa = twa_scale.attach(one.model, candidates, ROWS)
-    optimizer = averaging.optimizer_of(one.accelerator, twa)
-    found: dict[str, Any] = {"rows": []}
+    first = Training(kind, given=True)
+    twa = twa_scale.attach(first.model, candidates, ROWS)
+    optimizer = averaging.optimizer_of(first.accelerator, twa)
+    actual: dict[str, Any] = {"rows": []}
     half = directory / "coefficients"
-    if one.accelerator.is_main_process:
+    if first.accelerator.is_main_process:
         half.mkdir(parents=True)
         torch.save([], half / "custom_checkpoint_0.pkl")  # of another object; Accelerate replaces it
-    one.accelerator.wait_for_everyone()
+    first.accelerator.wait_for_everyone()
     for _ in range(3):  # into the same directory
-        one.accelerator.save_state(str(half))
-        one.accelerator.wait_for_everyone()
-        found["rows"].append(len(list(half.glob("custom_checkpoint_0_rows/state.rows-*/rows.safetensors"))))
-    one.epoch(optimizer)
-    one.accelerator.save_state(str(half))
-    one.accelerator.wait_for_everyone()
-    found["in the state"] = torch.load(half / "custom_checkpoint_0.pkl", weights_only=True)["rows"]["values"]
-    one.epoch(optimizer)
-    found |= {"coefficients": twa.coefficients, "averaged": one.weights()}
+        first.accelerator.save_state(str(half))
+        first.accelerator.wait_for_everyone()
+        actual["rows"].append(len(list(half.glob("custom_checkpoint_0_rows/state.rows-*/rows.safetensors"))))
+    first.epoch(optimizer)
+    first.accelerator.save_state(str(half))
+    first.accelerator.wait_for_everyone()
+    actual["in the state"] = torch.load(half / "custom_checkpoint_0.pkl", weights_only=True)["rows"]["values"]
+    first.epoch(optimizer)
+    actual |= {"coefficients": twa.coefficients, "averaged": first.weights()}
     twa.close()
-    other = Training(kind, given=True)
-    twa = twa_scale.attach(other.model, candidates, ROWS)
-    optimizer = averaging.optimizer_of(other.accelerator, twa)
-    other.accelerator.load_state(str(half))
-    other.epoch(optimizer)
+    second = Training(kind, given=True)
+    twa = twa_scale.attach(second.model, candidates, ROWS)
+    optimizer = averaging.optimizer_of(second.accelerator, twa)
+    second.accelerator.load_state(str(half))
+    second.epoch(optimizer)
     twa.close()
-    return {**found, "coefficients again": twa.coefficients, "averaged again": other.weights()}
+    return {**actual, "coefficients again": twa.coefficients, "averaged again": second.weights()}
 
 
 def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: float) -> None:

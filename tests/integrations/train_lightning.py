@@ -157,18 +157,18 @@ def results(kind: str, directory: Path) -> dict[str, Any]:
     assert callback.averages is not None
     if callback.average_path and trainer.is_global_zero:
         callback.average_path.rename(directory.parent / f"{kind}-learned.ckpt")
-    found = {
+    actual = {
         "steps": (callback.averages.num_steps, trainer.global_step),
         "val_loss": float(trainer.callback_metrics["val_loss"]),
         "trained": weights_of(module.net),
     }
     _, module, callback, after = fit(kind, directory, directory / f"step={HALF}.ckpt")
     assert callback.averages is not None
-    found["trained again"] = weights_of(module.net)
-    found["same"] = same(before, after)
+    actual["trained again"] = weights_of(module.net)
+    actual["same"] = same(before, after)
     with callback.averages.weights("ema"):
-        found["ema"] = weights_of(module.net)
-    return found if kind in ("manual", "fsdp2") else found | coefficients(kind, directory / "coefficients")
+        actual["ema"] = weights_of(module.net)
+    return actual if kind in ("manual", "fsdp2") else actual | coefficients(kind, directory / "coefficients")
 
 
 class Averaged(Module):
@@ -183,13 +183,13 @@ class Averaged(Module):
 def coefficients(kind: str, directory: Path) -> dict[str, Any]:
     """Return the coefficients and the weights after a training, and after its second half once more."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = []
+    actual = []
     for resume in (None, directory / f"step={HALF}.ckpt"):
         module = Averaged()
         trainer_with(kind, directory).fit(module, data(rank, ranks), ckpt_path=resume)
         module.twa.close()
-        found.append((module.twa.coefficients, weights_of(module.net)))
-    return {"averaged": found[0], "averaged again": found[1]}
+        actual.append((module.twa.coefficients, weights_of(module.net)))
+    return {"averaged": actual[0], "averaged again": actual[1]}
 
 
 class Interrupt(pl.Callback):
@@ -205,9 +205,9 @@ def interrupted(kind: str, directory: Path) -> dict[str, Any]:
     saving = ModelCheckpoint(directory, save_on_exception=True, every_n_epochs=100)
     trainer = trainer_with(kind, directory / "steps", TwaCallback(ema=[DECAY]), Interrupt(), saving)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    with pytest.raises(TwaError) as told:
+    with pytest.raises(TwaError) as messages:
         trainer.fit(Module(), data(rank, ranks), data(rank, ranks))
-    return {"told": str(told.value), "left": [path.name for path in directory.glob("*.ckpt")]}
+    return {"told": str(messages.value), "left": [path.name for path in directory.glob("*.ckpt")]}
 
 
 def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: float) -> None:

@@ -131,8 +131,8 @@ def require_average(found: dict[str, Any], steps: list[dict[str, Any]], dtype: t
     assert found["rng_state"] == last["rng_state"]
     require_same(found["moments"], last["moments"])
     for name, copy in found["copies"].items():
-        held = [(step["model"] if dtype == torch.bfloat16 else step["copies"])[name].float() for step in steps]
-        mean = (sum(held) / len(held)).to(dtype).float()
+        stored = [(step["model"] if dtype == torch.bfloat16 else step["copies"])[name].float() for step in steps]
+        mean = (sum(stored) / len(stored)).to(dtype).float()
         torch.testing.assert_close(copy, mean, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
         assert torch.equal(copy.bfloat16(), found["model"][name])
     assert any(not torch.equal(found["model"][name], last["model"][name]) for name in found["copies"])

@@ -15,8 +15,8 @@ def write(path: Path) -> None:
     for module in (train_lightning, train_accelerate):
         directory = path / module.__name__.rpartition("_")[2]
         for kind in module.KINDS:
-            found = module.results(kind, directory / kind)
-            torch.save(found, directory / f"{kind}-{dist.get_rank()}.pt")
+            actual = module.results(kind, directory / kind)
+            torch.save(actual, directory / f"{kind}-{dist.get_rank()}.pt")
     left = train_lightning.interrupted("ddp", path / "interrupted")  # last: the ranks no longer agree
     torch.save(left, path / f"interrupted-{dist.get_rank()}.pt")
 

@@ -149,7 +149,7 @@ def write(kind: str, directory: Path) -> None:
     if kind == "fsdp2":
         assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
     metrics["own_loss"] = trainer.evaluate()["eval_loss"]
-    (callback,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, Counting))
+    (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, Counting))
     metrics["learned_steps"] = callback.learned_steps
     if trainer.args.process_index == 0:
         torch.save(metrics, directory / "metrics.pt")
@@ -162,13 +162,13 @@ def write(kind: str, directory: Path) -> None:
     if kind == "ddp":
         path = directory / "learned"
         half = str(path / f"checkpoint-{HALF}")
-        found = learned(path, 2, rows=True, given=True), learned(path, 2, half, rows=True, given=True)
-        said = ""
+        actual = learned(path, 2, rows=True, given=True), learned(path, 2, half, rows=True, given=True)
+        messages = ""
         try:
             learned(directory / "refused", 2, rows=True)
         except twa_scale.TwaError as error:
-            said = str(error)
-        torch.save((*found, said), directory / f"coefficients-{trainer.args.process_index}.pt")
+            messages = str(error)
+        torch.save((*actual, messages), directory / f"coefficients-{trainer.args.process_index}.pt")
 
 
 if __name__ == "__main__":

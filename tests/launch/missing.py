@@ -13,8 +13,8 @@ from twa_scale.ranks import Group, World, set_collective_timeout
 TIMEOUT = 3.0
 
 
-def run(how: str, who: int, directory: Path) -> None:
-    """Run one rank, in which rank `who` freezes, ends, sleeps or fails. Write stderr to a file in `directory`."""
+def run(mode: str, failed_rank: int, directory: Path) -> None:
+    """Run one rank. Rank `failed_rank` freezes, ends, sleeps or fails. Write stderr and the time."""
     world = World.from_environment()
     with (directory / f"stderr-{world.rank}").open("w") as file:
         os.dup2(file.fileno(), 2)
@@ -23,8 +23,8 @@ def run(how: str, who: int, directory: Path) -> None:
         mesh = init_device_mesh("cpu", (1, world.size), mesh_dim_names=("pods", "ranks"))
         set_collective_timeout(TIMEOUT)
         group.gather(0)
-        if world.rank == who:
-            match how:
+        if world.rank == failed_rank:
+            match mode:
                 case "frozen":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 case "gone":

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests.commands import material
-from tests.commands.conftest import Brought, Said, shell
+from tests.commands.conftest import CommandResult, TrainedCandidates, shell
 from tests.commands.material import load, run_here, settings
 from twa_scale.tools.launch import Launch, shown
 
@@ -32,19 +32,21 @@ MPI = {
 
 
 @pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> Brought:
-    return Brought(material.SCORES, material.train_candidates(material.SCORES, tmp_path_factory.mktemp("scores")))
+def scores(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
+    return TrainedCandidates(
+        material.SCORES, material.train_candidates(material.SCORES, tmp_path_factory.mktemp("scores"))
+    )
 
 
 @pytest.fixture(scope="module")
-def alone(scores: Brought, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def alone(scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     output = tmp_path_factory.mktemp("alone")
     run_here(settings(scores.candidates, scores.task, output))
     return load(output / "average")
 
 
 @pytest.fixture
-def config(scores: Brought, tmp_path: Path) -> Path:
+def config(scores: TrainedCandidates, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", engine="fsdp2")))
     return path
@@ -128,10 +130,10 @@ def test_deepspeed_uses_a_new_port_each_time() -> None:
 
 def test_printed_command_is_valid_in_a_shell(shell: Any, config: Path) -> None:
     words = ["launch", config, "task.text=[a b, 'c']", "steps=2", "--ranks-per-node", 2, "--dry-run"]
-    said: Said = shell(*words)
-    assert said.code == 0 and said.out.count("\n") == 1
+    result: CommandResult = shell(*words)
+    assert result.code == 0 and result.out.count("\n") == 1
     expected = Launch(str(config), ["task.text=[a b, 'c']", "steps=2"], ranks_per_node=2).command("torchrun")
-    assert shlex.split(said.out) == expected and shown(expected) == said.out.strip()
+    assert shlex.split(result.out) == expected and shown(expected) == result.out.strip()
 
 
 @pytest.mark.parametrize(
@@ -146,17 +148,17 @@ def test_printed_command_is_valid_in_a_shell(shell: Any, config: Path) -> None:
     ],
 )
 def test_invalid_launches_are_refused_before_start(shell: Any, config: Path, words: list[str], message: str) -> None:
-    said = shell("launch", config, *words)
-    assert said.code == 2 and message in said.err and said.out == ""
+    result = shell("launch", config, *words)
+    assert result.code == 2 and message in result.err and result.out == ""
 
 
 def test_missing_launcher(shell: Any, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     for launcher, package in {"mpi": "openmpi-bin", "slurm": "slurm-client"}.items():
-        said = shell("launch", config, "--with", launcher)
-        assert said.code == 2 and package in said.err
-        said = shell("launch", config, "--with", launcher, "--dry-run")  # to be run elsewhere
-        assert said.code == 0 and shlex.split(said.out) == Launch(str(config)).command(launcher)  # type: ignore[arg-type]
+        result = shell("launch", config, "--with", launcher)
+        assert result.code == 2 and package in result.err
+        result = shell("launch", config, "--with", launcher, "--dry-run")  # to be run elsewhere
+        assert result.code == 0 and shlex.split(result.out) == Launch(str(config)).command(launcher)  # type: ignore[arg-type]
 
 
 # The scripts

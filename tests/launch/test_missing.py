@@ -11,7 +11,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3",
 
 
 @pytest.mark.parametrize(
-    ("how", "who", "words"),
+    ("mode", "failed_rank", "words"),
     [
         pytest.param("frozen", 1, ["rank 1", "process", "frozen"], marks=pytest.mark.slow),
         pytest.param("frozen", 0, ["rank 0", "does not answer"], marks=pytest.mark.slow),  # rank 0 holds the store
@@ -20,19 +20,19 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3",
         ("failed", 1, ["rank 1 failed", "the data is not mounted on this node"]),
     ],
 )
-def test_other_ranks_name_the_missing_rank(tmp_path: Path, how: str, who: int, words: list[str]) -> None:
+def test_other_ranks_name_the_missing_rank(tmp_path: Path, mode: str, failed_rank: int, words: list[str]) -> None:
     ranks = {
         rank: Victim(
             run,
-            how,
-            who,
+            mode,
+            failed_rank,
             tmp_path,
             phases=(),
             environment={**SLURM, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
         )
         for rank in range(3)
     }
-    missing = ranks.pop(who)
+    missing = ranks.pop(failed_rank)
     try:
         for rank, process in ranks.items():
             assert process.ended() == 2, process.said

@@ -82,14 +82,14 @@ def wants_gloo() -> dict[str, Any]:
 
 def methods() -> dict[str, Any]:
     group = Group.world()
-    mine = torch.arange(6, dtype=torch.float64).view(2, 3).T * (group.rank + 1)  # not contiguous
+    local = torch.arange(6, dtype=torch.float64).view(2, 3).T * (group.rank + 1)  # not contiguous
     gathered = torch.empty(2 * group.size, dtype=torch.bfloat16)
     group.all_gather(gathered, torch.full((2,), group.rank, dtype=torch.bfloat16))
     copied = torch.full((2, 2), group.rank, dtype=torch.int64)
     group.copy_from(group.size - 1, copied)
     return {
         "kind": type(group).__name__,
-        "sum": group.sum_(mine),
+        "sum": group.sum_(local),
         "whole": group.sum_(torch.tensor(2**53 + group.rank)),
         "half": group.sum_(torch.tensor([0.5, group.rank], dtype=torch.bfloat16)),
         "none": group.sum_(torch.empty(0)),

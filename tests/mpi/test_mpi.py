@@ -66,8 +66,8 @@ def test_sharded_model_reduces_over_mpi(results: Any) -> None:
 
 
 def test_error_of_one_rank_is_raised_on_all(results: Any) -> None:
-    said = {result["error"] for result in results["spoiled"]}
-    assert len(said) == 1 and "head.weight" in said.pop()
+    output = {result["error"] for result in results["spoiled"]}
+    assert len(output) == 1 and "head.weight" in output.pop()
 
 
 @pytest.mark.parametrize("results", SIZES[1:], indirect=True)

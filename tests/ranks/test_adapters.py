@@ -89,19 +89,19 @@ def merged(paths: list[str], out: str) -> None:
 
 
 def compared(paths: list[str]) -> tuple[list[float], list[float]]:
-    found = inspect(paths, wanted=Wanted(space="product"))
-    return found.norms, found.delta_norms
+    actual = inspect(paths, wanted=Wanted(space="product"))
+    return actual.norms, actual.delta_norms
 
 
 def test_ranks_share_the_modules(ranks: Pool, tmp_path: Path) -> None:
     paths = [adapters.save(adapters.adapted(seed=i, **s), tmp_path / f"step-{i}") for i, s in enumerate(MIXED)]
     merged(paths, str(tmp_path / "alone"))
     ranks(merged, 2, paths=paths, out=str(tmp_path / "shared"))
-    alone, shared = (load_file(tmp_path / f"{name}/adapter_model.safetensors") for name in ("alone", "shared"))
-    assert all(torch.equal(tensor, shared[name]) for name, tensor in alone.items())
+    single, shared = (load_file(tmp_path / f"{name}/adapter_model.safetensors") for name in ("alone", "shared"))
+    assert all(torch.equal(tensor, shared[name]) for name, tensor in single.items())
     expected = compared(paths)
-    for found in ranks(compared, 2, paths=paths):
-        assert [pytest.approx(values, rel=1e-12) for values in expected] == list(found)
+    for actual in ranks(compared, 2, paths=paths):
+        assert [pytest.approx(values, rel=1e-12) for values in expected] == list(actual)
 
 
 class AdapterTask:
@@ -134,9 +134,9 @@ def built(engine: str, start: str, paths: list[str]) -> Tensor:
         warnings.simplefilter("ignore")
         twa = twa_scale.attach(model, paths, config)
     with twa.weights("last"):
-        found = adapters.logits(model)
+        actual = adapters.logits(model)
     twa.close()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
@@ -144,5 +144,5 @@ def test_runs_have_the_weights_of_the_base_model(engine: str, ranks: Pool, tmp_p
     """The models of runs are built without values, which candidates fill in; adapters do not."""
     paths = [adapters.save(adapters.adapted(seed=i), tmp_path / f"step-{i}") for i in range(2)]
     expected = adapters.logits(adapters.load(paths[-1]))
-    for found in ranks(built, 2, engine=engine, start=paths[0], paths=paths, timeout=120):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for actual in ranks(built, 2, engine=engine, start=paths[0], paths=paths, timeout=120):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

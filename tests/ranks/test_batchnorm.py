@@ -21,7 +21,7 @@ RUN = Run({"groups": "block", "center": "last"})
 
 def batches() -> list[dict[str, Tensor]]:
     data = [models.batch(50 + i, 8) for i in range(NUM_BATCHES)]
-    return [{"image": one["image"], "tokens": one["text"][:, :-1]} for one in data]
+    return [{"image": item["image"], "tokens": item["text"][:, :-1]} for item in data]
 
 
 def recalibrate(engine: str) -> dict[str, Any]:

@@ -21,21 +21,21 @@ from twa_scale import Snapshots
 UNITS = {"root": "embed.weight", "first": "blocks.0.qkv.weight", "second": "blocks.1.qkv.weight"}
 
 
-def build(how: str) -> Any:
+def build(mode: str) -> Any:
     """Return the test model, sharded in a way that determines when and how FSDP2 gathers."""
     model: Any = models.build(seed=99)
-    if how in ("hsdp", "fsdp2-tp"):
-        return models.wrap(model, how)
-    if how == "bf16":
+    if mode in ("hsdp", "fsdp2-tp"):
+        return models.wrap(model, mode)
+    if mode == "bf16":
         return models.wrap(model, "fsdp2", MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-    if how in ("kept", "resharded"):
+    if mode in ("kept", "resharded"):
         scalars = {p for p in model.parameters() if p.dim() == 0}
         for part in model.blocks:
-            fully_shard(part, reshard_after_forward=how == "resharded")
-        return fully_shard(model, reshard_after_forward=how == "resharded", ignored_params=scalars)
-    before, after = test_together.CHANGES.get(how, (test_together.same, test_together.same))
+            fully_shard(part, reshard_after_forward=mode == "resharded")
+        return fully_shard(model, reshard_after_forward=mode == "resharded", ignored_params=scalars)
+    before, after = test_together.CHANGES.get(mode, (test_together.same, test_together.same))
     model = after(models.wrap(before(model), "fsdp2"))
-    if how == "prefetched":
+    if mode == "prefetched":
         model.set_modules_to_forward_prefetch([model.blocks[0], model.blocks[1]])
         model.blocks[1].set_modules_to_backward_prefetch([model.blocks[0]])
     return model
@@ -53,10 +53,10 @@ def own_loss(model: nn.Module, step: int) -> Tensor:
     return models.loss(model, models.part(models.batch(step), *meshes.data_place(model, *cases.where())))
 
 
-def train(how: str, combine: str, out: Path) -> dict[str, Any]:
+def train(mode: str, combine: str, out: Path) -> dict[str, Any]:
     """Train, and read the weights in all ways between steps and forward passes."""
     torch._dynamo.reset()
-    model = build(how)
+    model = build(mode)
     twa = attach(model, combine)
     seen: dict[str, Any] = {"losses": []}
 
@@ -114,7 +114,7 @@ def assert_same(found: Any, want: Any, where: str = "") -> None:
         assert found == want, where
 
 
-HOW = [
+MODES = [
     ("nothing", 1),
     ("nothing", 3),
     ("prefetched", 2),
@@ -130,11 +130,11 @@ HOW = [
 LONG = ["fsdp2-tp", "compiled-after", "checkpoint", "unused", "resharded"]
 
 
-@pytest.mark.parametrize(("how", "size"), rest_slow(HOW, lambda how, _: how not in LONG))
-def test_results_equal_those_of_combine_step(ranks: Pool, tmp_path: Path, how: str, size: int) -> None:
-    found, want = (ranks(train, size, how=how, combine=c, out=tmp_path / c) for c in ("forward", "step"))
+@pytest.mark.parametrize(("mode", "size"), rest_slow(MODES, lambda mode, _: mode not in LONG))
+def test_results_equal_those_of_combine_step(ranks: Pool, tmp_path: Path, mode: str, size: int) -> None:
+    actual, expected = (ranks(train, size, mode=mode, combine=c, out=tmp_path / c) for c in ("forward", "step"))
     for rank in range(size):
-        assert_same(found[rank], want[rank], f"rank {rank}")
+        assert_same(actual[rank], expected[rank], f"rank {rank}")
     for file in ("export/model.safetensors", "snapshots/step-00000001/model.safetensors"):
         assert_same(load_file(tmp_path / "forward" / file), load_file(tmp_path / "step" / file), file)
 
@@ -143,18 +143,18 @@ class Interrupted(Exception):
     """An exception that a forward pass raises."""
 
 
-def watch(how: str) -> dict[str, Any]:
+def watch(mode: str) -> dict[str, Any]:
     """Return which units hold the weights of a step, at several points until the end of the next forward pass."""
-    model = build(how)
+    model = build(mode)
     twa = attach(model, "forward")
-    held = {unit: dict(model.named_parameters())[name].to_local().detach() for unit, name in UNITS.items()}
+    stored = {unit: dict(model.named_parameters())[name].to_local().detach() for unit, name in UNITS.items()}
     scalar = model.embed_mix.scale.detach()
     own_loss(model, 0).backward()
-    old, before = {unit: value.clone() for unit, value in held.items()}, scalar.clone()
-    places: dict[str, Any] = {}
+    old, before = {unit: value.clone() for unit, value in stored.items()}, scalar.clone()
+    positions: dict[str, Any] = {}
 
     def look(place: str) -> None:
-        places[place] = {unit for unit, value in held.items() if not torch.equal(value, old[unit])}
+        positions[place] = {unit for unit, value in stored.items() if not torch.equal(value, old[unit])}
 
     def interrupt(*_: object) -> None:
         look("in the stem")
@@ -164,7 +164,7 @@ def watch(how: str) -> dict[str, Any]:
     twa.step()
     twa.zero_grad()
     look("after the step")
-    places["ignored"] = not torch.equal(scalar, before)
+    positions["ignored"] = not torch.equal(scalar, before)
     at_step = twa.cost(1)["combine"]
     hook = model.stem.register_forward_pre_hook(interrupt)
     with suppress(Interrupted):
@@ -175,20 +175,20 @@ def watch(how: str) -> dict[str, Any]:
         block.register_forward_pre_hook(lambda *_, i=i: look(f"in block {i}"))
     loss = own_loss(model, 1)
     later = twa.cost(1)["combine"]
-    places["clock"] = at_step["seconds_in_forward"] == 0 < later["seconds"] < later["seconds_in_forward"]
+    positions["clock"] = at_step["seconds_in_forward"] == 0 < later["seconds"] < later["seconds_in_forward"]
     loss.backward()  # gathers again
-    places["again"] = twa.cost(1)["combine"]["seconds"]
-    return places
+    positions["again"] = twa.cost(1)["combine"]["seconds"]
+    return positions
 
 
-@pytest.mark.parametrize(("how", "in_block_0"), [("nothing", {"root", "first"}), ("prefetched", set(UNITS))])
-def test_units_are_written_before_they_are_gathered(ranks: Pool, how: str, in_block_0: set[str]) -> None:
+@pytest.mark.parametrize(("mode", "in_block_0"), [("nothing", {"root", "first"}), ("prefetched", set(UNITS))])
+def test_units_are_written_before_they_are_gathered(ranks: Pool, mode: str, in_block_0: set[str]) -> None:
     """This also holds after an interrupted forward pass. Parameters that FSDP2 ignores are written at the step."""
-    for places in ranks(watch, 2, how=how):
-        assert places == {
+    for positions in ranks(watch, 2, mode=mode):
+        assert positions == {
             "after the step": set(),
             "ignored": True,
-            "in the stem": in_block_0 if how == "prefetched" else {"root"},
+            "in the stem": in_block_0 if mode == "prefetched" else {"root"},
             "in block 0": in_block_0,
             "in block 1": set(UNITS),
             "clock": True,
@@ -196,20 +196,20 @@ def test_units_are_written_before_they_are_gathered(ranks: Pool, how: str, in_bl
         }
 
 
-def refuse(how: str) -> None:
-    model: Any = build(how) if how == "nothing" else models.wrap(models.build(), how)
-    if how == "nothing":
+def refuse(mode: str) -> None:
+    model: Any = build(mode) if mode == "nothing" else models.wrap(models.build(), mode)
+    if mode == "nothing":
         group = model._get_fsdp_state()._fsdp_param_group
         group.unshard = group.unshard
     attach(model, "forward")
 
 
-@pytest.mark.parametrize("how", ["plain", "ddp", *flattened.ENGINES, "tp", "nothing"])
-def test_models_without_a_hook_for_units_are_refused(ranks: Pool, how: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "ddp", *flattened.ENGINES, "tp", "nothing"])
+def test_models_without_a_hook_for_units_are_refused(ranks: Pool, mode: str) -> None:
     """These are engines without a hook for units, and FSDP2 models whose `unshard` other code has replaced."""
-    message = str(ranks.error(refuse, 2, how=how))
+    message = str(ranks.error(refuse, 2, mode=mode))
     assert "combine: 'forward'" in message and "set `combine: step`" in message
-    assert ("replaced its unshard" in message) == (how == "nothing")
+    assert ("replaced its unshard" in message) == (mode == "nothing")
 
 
 def close() -> tuple[list[str], str, list[str], bool]:
@@ -221,19 +221,19 @@ def close() -> tuple[list[str], str, list[str], bool]:
     second = cases.complaint(lambda: attach(model, "forward"))
     twa.close()
     left = marks(model) - before
-    again = attach(model, "forward")
+    repeated = attach(model, "forward")
     own_loss(model, 0).backward()
-    return sorted(put), second, sorted(left), again.step()
+    return sorted(put), second, sorted(left), repeated.step()
 
 
 def marks(model: nn.Module) -> set[str]:
-    found = set()
+    actual = set()
     for name, child in model.named_modules():
-        held = {"save": child._state_dict_pre_hooks, "load": child._load_state_dict_pre_hooks}
+        stored = {"save": child._state_dict_pre_hooks, "load": child._load_state_dict_pre_hooks}
         if isinstance(child, FSDPModule):
-            held["unshard"] = "unshard" in vars(child._get_fsdp_state()._fsdp_param_group)
-        found |= {f"{what} {name}" for what, there in held.items() if there}
-    return found
+            stored["unshard"] = "unshard" in vars(child._get_fsdp_state()._fsdp_param_group)
+        actual |= {f"{label} {name}" for label, there in stored.items() if there}
+    return actual
 
 
 def test_close_removes_all_hooks(ranks: Pool) -> None:

@@ -48,18 +48,18 @@ class Filter(nn.Module):
 
 
 def states(n: int = N) -> list[dict[str, Tensor]]:
-    found = []
+    actual = []
     for seed in range(n):
         torch.manual_seed(seed)
-        found.append({name: value.clone() for name, value in Filter().state_dict().items()})
-    return found
+        actual.append({name: value.clone() for name, value in Filter().state_dict().items()})
+    return actual
 
 
 def averaged(candidates: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    found = {
+    actual = {
         name: weighted(weights, (state[name].to(torch.complex128) for state in candidates)) for name in candidates[0]
     }
-    return found | {"wave.phase": candidates[-1]["wave.phase"]}
+    return actual | {"wave.phase": candidates[-1]["wave.phase"]}
 
 
 def require_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -119,28 +119,28 @@ def train(engine: str, store: str, combine: str = "step") -> dict[str, Tensor]:
         model(x).square().mean().backward()
         twa.step()
     twa.settle()
-    found = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in inner.state_dict().items()}
-    return {"coefficients": twa.coefficients, **{name: value.clone() for name, value in found.items()}}
+    actual = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in inner.state_dict().items()}
+    return {"coefficients": twa.coefficients, **{name: value.clone() for name, value in actual.items()}}
 
 
 def by_autograd() -> dict[str, Tensor]:
     """Make the same steps with whole candidates in double precision."""
-    held = states()
+    stored = states()
     names = [name for name, p in Filter().named_parameters() if p.requires_grad]
-    stacked = {name: torch.stack([s[name].to(torch.complex128) for s in held]) for name in names}
+    stacked = {name: torch.stack([s[name].to(torch.complex128) for s in stored]) for name in names}
     mean = {name: values.mean(0) for name, values in stacked.items()}
     deltas = {name: values - mean[name] for name, values in stacked.items()}
     norms = {n: d.reshape(N, -1).abs().square().sum(1).sqrt() for n, d in deltas.items()}
     x = {n: torch.zeros(N, dtype=torch.float64, requires_grad=True) for n in names}
-    rest = averaged(held, [1 / N] * N)
+    rest = averaged(stored, [1 / N] * N)
 
     def weights() -> dict[str, Tensor]:
-        found = {}
+        actual = {}
         for n in names:
             u = (x[n] * norms[n].mean() / norms[n]).to(torch.complex128)
             value = mean[n] + torch.tensordot(u, deltas[n], dims=1)
-            found[n] = value if held[0][n].is_complex() else value.real
-        return found
+            actual[n] = value if stored[0][n].is_complex() else value.real
+        return actual
 
     for seed in range(2):
         data = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)).double()
@@ -159,16 +159,16 @@ def by_autograd() -> dict[str, Tensor]:
     ("store", "tolerance"), [("dense32", 1e-5), ("dense16", 2e-2), ("packed8", 2e-2), ("mapped", 1e-5)]
 )
 def test_stores(store: str, tolerance: float) -> None:
-    found = train("plain", store)
-    del found["coefficients"]
-    require_close(found, by_autograd(), tolerance)
+    actual = train("plain", store)
+    del actual["coefficients"]
+    require_close(actual, by_autograd(), tolerance)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_engines(ranks: Pool, engine: str) -> None:
-    for found in ranks(train, 2, engine=engine, store="dense32"):
-        del found["coefficients"]
-        require_close(found, by_autograd(), 1e-5)
+    for actual in ranks(train, 2, engine=engine, store="dense32"):
+        del actual["coefficients"]
+        require_close(actual, by_autograd(), 1e-5)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -176,25 +176,27 @@ def test_snapshots(tmp_path: Path, asynchronous: bool) -> None:
     model = Filter()
     with Snapshots(tmp_path, every_n_steps=1, dtype=torch.bfloat16, asynchronous=asynchronous) as snapshots:
         path = snapshots.save(model, 1)
-    found = load_file(path / "model.safetensors")
+    actual = load_file(path / "model.safetensors")
     for name, value in model.state_dict().items():
-        assert torch.equal(found[name], value if value.is_complex() else value.bfloat16())
+        assert torch.equal(actual[name], value if value.is_complex() else value.bfloat16())
 
 
 def test_complex128_needs_a_supported_dtype(tmp_path: Path) -> None:
-    held = [{"w": torch.randn(3, dtype=torch.complex128), "v": torch.randn(2)} for _ in range(2)]
+    stored = [{"w": torch.randn(3, dtype=torch.complex128), "v": torch.randn(2)} for _ in range(2)]
     paths = [str(tmp_path / f"{i}.pt") for i in range(2)]
-    for path, state in zip(paths, held, strict=True):
+    for path, state in zip(paths, stored, strict=True):
         torch.save(state, path)
     with pytest.raises(OutputError, match=r"'w'.*complex128; choose dtype float32"):
         average_fixed(paths, tmp_path / "out")
     average_fixed(paths, tmp_path / "out", dtype="float32")
-    found = load_file(tmp_path / "out/model.safetensors")
-    torch.testing.assert_close(found["w"].to(torch.complex128), (held[0]["w"] + held[1]["w"]) / 2, rtol=0, atol=1e-7)
+    actual = load_file(tmp_path / "out/model.safetensors")
+    torch.testing.assert_close(
+        actual["w"].to(torch.complex128), (stored[0]["w"] + stored[1]["w"]) / 2, rtol=0, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(
-    ("held", "own", "said"),
+    ("stored", "own", "message"),
     [
         (torch.complex64, torch.float32, "'w' is complex, the model's is floating point"),
         (torch.int8, torch.float32, "'w' is integer, the model's is floating point"),
@@ -203,18 +205,18 @@ def test_complex128_needs_a_supported_dtype(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_real_and_complex_tensors_are_not_mixed(held: torch.dtype, own: torch.dtype, said: str) -> None:
+def test_real_and_complex_tensors_are_not_mixed(stored: torch.dtype, own: torch.dtype, message: str) -> None:
     model: Any = nn.Linear(2, 2)
-    model.w = nn.Parameter(torch.ones(3, *([2] if held.is_complex else []), dtype=own), requires_grad=False)
+    model.w = nn.Parameter(torch.ones(3, *([2] if stored.is_complex else []), dtype=own), requires_grad=False)
     shape = (3, 2) if own.is_complex else (3,)
-    candidates = [{**nn.Linear(2, 2).state_dict(), "w": torch.ones(shape, dtype=held)} for _ in range(2)]
-    with pytest.raises(CandidateError, match=said):
+    candidates = [{**nn.Linear(2, 2).state_dict(), "w": torch.ones(shape, dtype=stored)} for _ in range(2)]
+    with pytest.raises(CandidateError, match=message):
         twa_scale.attach(model, candidates)
 
 
 @pytest.mark.parametrize("value", [complex("nan"), complex(0, float("inf"))])
 def test_nonfinite_values_are_located(tmp_path: Path, value: complex) -> None:
-    held = states()
-    held[1]["wave.filter"][4, 2] = torch.tensor(value)
+    stored = states()
+    stored[1]["wave.filter"][4, 2] = torch.tensor(value)
     with pytest.raises(CandidateError, match=r"state dict 1.*'wave.filter'.* element 2[89]"):
-        twa_scale.attach(Filter(), held)
+        twa_scale.attach(Filter(), stored)

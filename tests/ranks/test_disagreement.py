@@ -48,19 +48,19 @@ def attach(engine: str, given: Sequence[Any], configs: Sequence[dict[str, Any]] 
 
 
 @pytest.mark.parametrize(
-    ("engine", "size", "given"),
+    ("engine", "size", "case"),
     rest_slow(
         product(ENGINES, [2, 3], ["shifted", "more", "head only"]),
-        lambda engine, size, given: size == (2 if given == "more" else 3) and (engine != "ddp" or given == "shifted"),
+        lambda engine, size, case: size == (2 if case == "more" else 3) and (engine != "ddp" or case == "shifted"),
     ),
 )
-def test_different_paths_are_refused(ranks: Pool, tmp_path: Path, engine: str, size: int, given: str) -> None:
+def test_different_paths_are_refused(ranks: Pool, tmp_path: Path, engine: str, size: int, case: str) -> None:
     paths = save(tmp_path, states(6))
     first, last = {
         "shifted": (paths[0:4], paths[1:5]),
         "more": (paths[:4], paths[:5]),
         "head only": (paths[:4], [*paths[:3], paths[5]]),
-    }[given]
+    }[case]
     error = ranks.error(attach, size, engine=engine, given=[first] * (size - 1) + [last])
     assert isinstance(error, CandidateError) and f"rank {size - 1}" in str(error) and "rank 0" in str(error)
 
@@ -69,28 +69,28 @@ def test_different_paths_are_refused(ranks: Pool, tmp_path: Path, engine: str, s
 def test_different_state_dicts_are_refused(ranks: Pool, engine: str) -> None:
     changed = models.candidates()
     changed[2]["blocks.1.up.bias"][-1] += 1e-3
-    given = [models.candidates(), models.candidates(), changed]
-    error = ranks.error(attach, 3, engine=engine, given=given)
+    inputs = [models.candidates(), models.candidates(), changed]
+    error = ranks.error(attach, 3, engine=engine, given=inputs)
     assert isinstance(error, CandidateError) and "blocks.1.up.bias" in str(error) and "state dict 2" in str(error)
-    given = [models.candidates(), models.candidates()[:3]]
-    assert "3 candidates" in str(ranks.error(attach, 2, engine=engine, given=given))
+    inputs = [models.candidates(), models.candidates()[:3]]
+    assert "3 candidates" in str(ranks.error(attach, 2, engine=engine, given=inputs))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_copies_on_local_disks(ranks: Pool, tmp_path: Path, engine: str) -> None:
     """Equal copies may have any name. The error for a different one names rank, candidate and tensor."""
-    given = []
+    inputs = []
     for rank in range(3):
         (tmp_path / f"disk-{rank}").mkdir()
         save(tmp_path / f"disk-{rank}", models.candidates())
-        given.append(str(tmp_path / f"disk-{rank}" / "step-*.safetensors"))
-    results = ranks(attach, 3, engine=engine, given=given)
+        inputs.append(str(tmp_path / f"disk-{rank}" / "step-*.safetensors"))
+    results = ranks(attach, 3, engine=engine, given=inputs)
     assert all(torch.equal(result[name], value) for result in results for name, value in results[0].items())
     spoiled = tmp_path / "disk-1" / "step-20.safetensors"
     tensors = load_file(spoiled)
     tensors["blocks.0.qkv.weight"] *= 1.001
     save_file(tensors, spoiled)
-    error = ranks.error(attach, 3, engine=engine, given=given)
+    error = ranks.error(attach, 3, engine=engine, given=inputs)
     assert isinstance(error, CandidateError) and str(spoiled) in str(error) and "blocks.0.qkv.weight" in str(error)
 
 
@@ -142,7 +142,7 @@ def average(given: Sequence[Any], out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "words"),
+    ("first", "words"),
     [
         ({"weights": "linear"}, ["--weights", "linear"]),
         ({"dtype": "bfloat16"}, ["bfloat16", "float32"]),
@@ -152,9 +152,9 @@ def average(given: Sequence[Any], out: Path) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_average_with_different_options(ranks: Pool, tmp_path: Path, one: dict[str, Any], words: list[str]) -> None:
+def test_average_with_different_options(ranks: Pool, tmp_path: Path, first: dict[str, Any], words: list[str]) -> None:
     paths = save(tmp_path, models.candidates())
-    error = ranks.error(average, 2, given=[(paths, {}), (paths, one)], out=tmp_path / "out")
+    error = ranks.error(average, 2, given=[(paths, {}), (paths, first)], out=tmp_path / "out")
     assert isinstance(error, ConfigError) and all(word in str(error) for word in words), str(error)
     assert not (tmp_path / "out").exists()
 
@@ -162,8 +162,8 @@ def test_average_with_different_options(ranks: Pool, tmp_path: Path, one: dict[s
 @pytest.mark.parametrize("size", [2, 3])
 def test_average_of_different_candidates(ranks: Pool, tmp_path: Path, size: int) -> None:
     paths = save(tmp_path, states())
-    given: list[tuple[list[Path], dict[str, Any]]] = [(paths[:4], {})] * (size - 1)
-    error = ranks.error(average, size, given=[*given, (paths[1:5], {})], out=tmp_path / "out")
+    inputs: list[tuple[list[Path], dict[str, Any]]] = [(paths[:4], {})] * (size - 1)
+    error = ranks.error(average, size, given=[*inputs, (paths[1:5], {})], out=tmp_path / "out")
     assert isinstance(error, CandidateError)
     weighed = [[f"{path}:{weight}" for path in paths[:2]] for weight in ("0.5", "0.25")]
     error = ranks.error(average, 2, given=[(words, {}) for words in weighed], out=tmp_path / "out")
@@ -171,16 +171,16 @@ def test_average_of_different_candidates(ranks: Pool, tmp_path: Path, size: int)
 
 
 def look(given: Sequence[list[Path]]) -> tuple[Tensor, list[float]]:
-    found = inspect(given[cases.where()[0]])
-    return torch.from_numpy(found.cosines), found.norms
+    actual = inspect(given[cases.where()[0]])
+    return torch.from_numpy(actual.cosines), actual.norms
 
 
 def test_inspect_is_shared_by_the_ranks(ranks: Pool, tmp_path: Path) -> None:
     paths = save(tmp_path, states())
-    (alone,) = ranks(look, 1, given=[paths])
-    for found in ranks(look, 3, given=[paths] * 3):
-        torch.testing.assert_close(found[0], alone[0], rtol=1e-9, atol=1e-9)
-        assert found[1] == pytest.approx(alone[1], rel=1e-12)
+    (single,) = ranks(look, 1, given=[paths])
+    for actual in ranks(look, 3, given=[paths] * 3):
+        torch.testing.assert_close(actual[0], single[0], rtol=1e-9, atol=1e-9)
+        assert actual[1] == pytest.approx(single[1], rel=1e-12)
     assert isinstance(ranks.error(look, 2, given=[paths[:4], paths[1:]]), CandidateError)
 
 
@@ -223,8 +223,8 @@ def metrics(**values: tuple[float, int]) -> dict[str, Any]:
 
 
 def test_metrics_in_another_order(ranks: Pool) -> None:
-    one, other = metrics(loss=(1.0, 1), accuracy=(0.5, 1)), metrics(accuracy=(0.5, 1), loss=(1.0, 1))
-    assert ranks(measure, 2, by_rank=[[one], [other]]) == [{"loss": 1.0, "accuracy": 0.5}] * 2
+    first, second = metrics(loss=(1.0, 1), accuracy=(0.5, 1)), metrics(accuracy=(0.5, 1), loss=(1.0, 1))
+    assert ranks(measure, 2, by_rank=[[first], [second]]) == [{"loss": 1.0, "accuracy": 0.5}] * 2
 
 
 def test_metrics_of_some_ranks_only(ranks: Pool) -> None:
@@ -254,8 +254,8 @@ def test_rank_without_batches(ranks: Pool) -> None:
 )
 def test_metrics_that_cannot_be_averaged(ranks: Pool, wrong: dict[str, Any], words: list[str]) -> None:
     """An invalid metric of one rank is named on both, after all forward passes."""
-    right = metrics(loss=(1.0, 1))
-    error = ranks.error(measure, 2, by_rank=[[right, right], [wrong, right]])
+    rhs = metrics(loss=(1.0, 1))
+    error = ranks.error(measure, 2, by_rank=[[rhs, rhs], [wrong, rhs]])
     assert isinstance(error, TwaError) and all(word in str(error) for word in words), str(error)
 
 
@@ -269,8 +269,8 @@ def begin_run(data: Sequence[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(("key", "value"), [("steps", 5), ("evaluate_every", 2), ("output", "elsewhere")])
 def test_run_with_different_settings(ranks: Pool, tmp_path: Path, key: str, value: Any) -> None:
     """The error comes before anything is read: the candidates do not exist."""
-    one = settings("nowhere/*", SCORES, tmp_path / "out")
-    error = ranks.error(begin_run, 2, data=[one, one | {key: value}])
+    first = settings("nowhere/*", SCORES, tmp_path / "out")
+    error = ranks.error(begin_run, 2, data=[first, first | {key: value}])
     assert isinstance(error, ConfigError) and str(error).startswith(f"{key}: rank 1 has {value!r}")
     assert not (tmp_path / "out").exists()
 
@@ -282,7 +282,7 @@ def snapshot(directories: Sequence[Path], steps: Sequence[int], options: Sequenc
 
 
 @pytest.mark.parametrize(
-    ("given", "word"),
+    ("value", "word"),
     [
         ({"directories": ["a", "b"]}, "output"),
         ({"steps": [1, 2]}, "step"),
@@ -290,8 +290,8 @@ def snapshot(directories: Sequence[Path], steps: Sequence[int], options: Sequenc
     ],
     ids=["directory", "step", "asynchronous"],
 )
-def test_snapshots_of_ranks_that_differ(ranks: Pool, tmp_path: Path, given: dict[str, Any], word: str) -> None:
-    usual: dict[str, Any] = {"directories": ["a", "a"], "steps": [1, 1], "options": [{}, {}]} | given
+def test_snapshots_of_ranks_that_differ(ranks: Pool, tmp_path: Path, value: dict[str, Any], word: str) -> None:
+    usual: dict[str, Any] = {"directories": ["a", "a"], "steps": [1, 1], "options": [{}, {}]} | value
     usual["directories"] = [tmp_path / name for name in usual["directories"]]
     error = ranks.error(snapshot, 2, **usual)
     assert isinstance(error, ConfigError) and str(error).startswith(word)

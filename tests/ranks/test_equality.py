@@ -162,8 +162,8 @@ def together(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
 @pytest.fixture(scope="session")
 def ends(ranks: Pool, request: pytest.FixtureRequest) -> Ends:
     """The runs of one engine and number of ranks that tests ask for, made once: a list by rank of results by name."""
-    places = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    asked = {(p["engine"], p["size"], p["name"]) for p in places if p.keys() >= {"engine", "size", "name"}}
+    positions = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {(p["engine"], p["size"], p["name"]) for p in positions if p.keys() >= {"engine", "size", "name"}}
 
     @cache
     def run_all(engine: str, size: int) -> list[dict[str, Ended]] | AssertionError:
@@ -212,22 +212,22 @@ def distance_from_center(name: str, weights: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(("engine", "size", "name"), CASES)
 class TestEquality:
     def test_weights_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
-        want = expected(name, meshes.data_ranks(engine, size)).weights[-1]
-        distance = distance_from_center(name, want)
+        target = expected(name, meshes.data_ranks(engine, size)).weights[-1]
+        distance = distance_from_center(name, target)
         for by_name in ends(engine, size):
-            require_close(by_name[name], want, 1e-5)
+            require_close(by_name[name], target, 1e-5)
             assert by_name[name].distance == pytest.approx(distance, rel=1e-4)
 
     def test_coefficients_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
         """Also where dependent candidates leave several a to choose from: then they must give the right weights."""
-        want = expected(name, meshes.data_ranks(engine, size))
+        target = expected(name, meshes.data_ranks(engine, size))
         ended = ends(engine, size)[0][name]
         assert not ended.error, ended.error
         a = ended.coefficients.double()
-        assert a.shape == want.coefficients[-1].shape
+        assert a.shape == target.coefficients[-1].shape
         states = models.candidates(scalar_shape=ALL[name].scalar_shape)
-        for column, members in enumerate(want.groups.values()):
-            unique = want.coefficients[-1][:, column]
+        for column, members in enumerate(target.groups.values()):
+            unique = target.coefficients[-1][:, column]
             if not unique.isnan().any():
                 torch.testing.assert_close(a[:, column], unique, rtol=1e-4, atol=1e-4)
             for member in members:
@@ -235,8 +235,8 @@ class TestEquality:
                 of_rows = a[:, column].view(-1, *[1] * (values.dim() - 1))
                 if member in ended.corrections:
                     of_rows = of_rows + ended.corrections[member].view(*values.shape[:2], *[1] * (values.dim() - 2))
-                given = (of_rows * values).sum(0)
-                assert (given - want.weights[-1][member]).norm() <= 1e-4 * want.weights[-1][member].norm(), member
+                inputs = (of_rows * values).sum(0)
+                assert (inputs - target.weights[-1][member]).norm() <= 1e-4 * target.weights[-1][member].norm(), member
 
     def test_coefficients_are_the_same_bits_on_every_rank(self, ends: Ends, engine: str, size: int, name: str) -> None:
         first, *others = [by_name[name] for by_name in ends(engine, size)]
@@ -259,12 +259,12 @@ def test_stores_stay_near(ends: Ends, engine: str, size: int, name: str) -> None
 @pytest.mark.parametrize(("engine", "size", "name"), CASES_OF_INCREMENTS)
 def test_increments_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
     """Rows are of increments and codes are rounded; bases, starts, centers and coefficients are what they were."""
-    want = expected(name, meshes.data_ranks(engine, size))
+    target = expected(name, meshes.data_ranks(engine, size))
     for by_name in ends(engine, size):
-        require_close(by_name[name], want.weights[-1], 1e-2)
+        require_close(by_name[name], target.weights[-1], 1e-2)
         a = by_name[name].coefficients.double()
-        known = ~want.coefficients[-1].isnan()
-        torch.testing.assert_close(a[known], want.coefficients[-1][known], rtol=0, atol=1e-2)
+        known = ~target.coefficients[-1].isnan()
+        torch.testing.assert_close(a[known], target.coefficients[-1][known], rtol=0, atol=1e-2)
         assert torch.equal(a, ends(engine, size)[0][name].coefficients.double())
 
 

@@ -92,12 +92,12 @@ def states() -> list[dict[str, Tensor]]:
 
 def apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values, with the experts of the first layer in modules of their own."""
-    found: dict[str, Tensor] = {}
+    actual: dict[str, Tensor] = {}
     for name, value in state.items():
         path, _, last = name.rpartition(".")
         split = path == "blocks.0.experts"
-        found |= {f"{path}.{i}.{last}": part for i, part in enumerate(value)} if split else {name: value}
-    return found
+        actual |= {f"{path}.{i}.{last}": part for i, part in enumerate(value)} if split else {name: value}
+    return actual
 
 
 def batch(step: int) -> dict[str, Tensor]:
@@ -118,8 +118,8 @@ def held_by(engine: str) -> nn.Module:
     if engine == "ddp":
         return DistributedDataParallel(model)
     if engine in zero.ENGINES:
-        held: nn.Module = zero.wrap(model, engine)
-        return held
+        stored: nn.Module = zero.wrap(model, engine)
+        return stored
     if engine in flattened.ENGINES:
         return flattened.wrap(model, engine)
     for block in model.blocks:
@@ -186,9 +186,9 @@ def test_experts_are_trained_as_those_of_the_reference(
     ended = ranks(train, size, engine=engine, config={**config, "groups": "expert"}, paths=paths)
     tolerance = 1e-2 if "store" in config else 1e-5
     for weights, a, groups, _ in ended:
-        found = apart(weights)
+        actual = apart(weights)
         for name, value in wanted.weights[-1].items():
-            assert (found[name].double() - value).norm() <= tolerance * value.norm(), name
+            assert (actual[name].double() - value).norm() <= tolerance * value.norm(), name
         assert torch.equal(a, ended[0][1])
         names = {re_name(group): column for column, group in enumerate(groups)}
         for column, group in enumerate(wanted.groups):
@@ -230,9 +230,9 @@ def trained(model: nn.Module, twa: twa_scale.TrainableAverage) -> dict[str, Tens
             value.backward()
         twa.step()
         twa.zero_grad()
-    found = {"a": twa.coefficients.clone(), **cases.gathered(model)}
+    actual = {"a": twa.coefficients.clone(), **cases.gathered(model)}
     twa.close()
-    return found
+    return actual
 
 
 @pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")

@@ -61,14 +61,14 @@ def test_sharded_ddp_matches_the_reference(ranks: Pool, size: int, bucket: int, 
     """The cases have all, no and some gradients in buckets. Each tensor belongs to one rank."""
     results = ranks(train, size, bucket=bucket, accumulate=accumulate, no_sync=no_sync)
     steps = [[part for rank in batches(step, size) for part in rank.chunk(accumulate)] for step in range(5)]
-    want = reference.train(build(), loss, candidates(), CONFIG, steps).weights[-1]
+    expected = reference.train(build(), loss, candidates(), CONFIG, steps).weights[-1]
     for weights, coefficients, _, _ in results:
         assert torch.equal(coefficients, results[0][1])
-        for name, value in want.items():
+        for name, value in expected.items():
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
             assert torch.equal(weights[name], results[0][0][name]), name
-    assert sorted(name for _, _, owned, _ in results for name in owned) == sorted(want)
-    assert sum(count for *_, (count,) in results) == sum(value.numel() for value in want.values())
+    assert sorted(name for _, _, owned, _ in results for name in owned) == sorted(expected)
+    assert sum(count for *_, (count,) in results) == sum(value.numel() for value in expected.values())
 
 
 def disturbed(bucket: int) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
@@ -129,10 +129,10 @@ def without_forward(flatten: bool, directory: Path) -> tuple[dict[str, tuple[int
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
         p.grad.data = torch.ones(p._orig_size)  # of a backward pass in no_sync()
-    said = cases.complaint(twa.step)
+    messages = cases.complaint(twa.step)
     with twa.weights(1):
         twa.export(directory / "shown")
-    return {name: info.shape for name, info in engine.parameters.items()}, engine.spans(), said
+    return {name: info.shape for name, info in engine.parameters.items()}, engine.spans(), messages
 
 
 @pytest.mark.parametrize("flatten", [True, False])
@@ -142,9 +142,9 @@ def test_flat_parameters_are_read_and_written(ranks: Pool, tmp_path: Path, size:
     net: nn.Module = build().requires_grad_(True)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
     covered = {name: torch.zeros(p.numel(), dtype=torch.int) for name, p in net.named_parameters()}
-    for found, spans, said in results:
-        assert found == shapes and list(found) == list(shapes)
-        assert size == 1 or "no_sync" in said
+    for actual, spans, messages in results:
+        assert actual == shapes and list(actual) == list(shapes)
+        assert size == 1 or "no_sync" in messages
         for span in spans:
             covered[span.name][span.start : span.stop] += 1
     assert all(bool((count == 1).all()) for count in covered.values())
@@ -152,15 +152,15 @@ def test_flat_parameters_are_read_and_written(ranks: Pool, tmp_path: Path, size:
     def all_ones(model: nn.Module, _: object) -> Tensor:
         return torch.stack([value.sum() for name, value in model.named_parameters()]).sum()
 
-    want = reference.train(net, all_ones, candidates(), CONFIG, [[None]]).weights[-1]
+    expected = reference.train(net, all_ones, candidates(), CONFIG, [[None]]).weights[-1]
     for path in ("out", "run/step-00000001"):
-        held = load_file(tmp_path / path / "model.safetensors")
-        assert held.keys() - {"head.weight"} == want.keys()
-        for name, value in want.items():
-            assert (held[name].double() - value).norm() <= 1e-5 * value.norm(), name
-    shown = load_file(tmp_path / "shown/model.safetensors")
+        stored = load_file(tmp_path / path / "model.safetensors")
+        assert stored.keys() - {"head.weight"} == expected.keys()
+        for name, value in expected.items():
+            assert (stored[name].double() - value).norm() <= 1e-5 * value.norm(), name
+    displayed = load_file(tmp_path / "shown/model.safetensors")
     for name, value in candidates()[1].items():
-        torch.testing.assert_close(shown[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(displayed[name], value, rtol=1e-5, atol=1e-6)
 
 
 class NoStream:
@@ -210,9 +210,14 @@ def with_forward(flatten: bool, accumulate: int) -> tuple[dict[str, Tensor], Ten
         with torch.no_grad():
             loss(model, batches(0, 1)[0])  # leaves the root's weights gathered
             with twa.weights(1):
-                shown = float(loss(model, batches(0, 1)[0]))
-            back = float(loss(model, batches(0, 1)[0]))
-        return {name: value.clone() for name, value in model.state_dict().items()}, twa.coefficients, shown, back
+                displayed = float(loss(model, batches(0, 1)[0]))
+            shown_loss = float(loss(model, batches(0, 1)[0]))
+        return (
+            {name: value.clone() for name, value in model.state_dict().items()},
+            twa.coefficients,
+            displayed,
+            shown_loss,
+        )
 
 
 @pytest.mark.parametrize(("size", "flatten", "accumulate"), [(1, True, 1), (2, True, 2), (2, False, 1), (3, True, 1)])
@@ -220,13 +225,13 @@ def test_flat_parameters_match_the_reference(ranks: Pool, size: int, flatten: bo
     results = ranks(with_forward, size, flatten=flatten, accumulate=accumulate)
     steps = [[part for rank in batches(step, size) for part in rank.chunk(accumulate)] for step in range(5)]
     net: nn.Module = build().requires_grad_(True)
-    want = reference.train(net, loss, candidates(), CONFIG, steps).weights[-1]
-    for weights, coefficients, shown, back in results:
+    expected = reference.train(net, loss, candidates(), CONFIG, steps).weights[-1]
+    for weights, coefficients, displayed, shown_loss in results:
         assert torch.equal(coefficients, results[0][1])
-        for name, value in want.items():
+        for name, value in expected.items():
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
-        assert shown == pytest.approx(loss_of(candidates()[1]), rel=1e-5)
-        assert back == pytest.approx(loss_of(want), rel=1e-5)
+        assert displayed == pytest.approx(loss_of(candidates()[1]), rel=1e-5)
+        assert shown_loss == pytest.approx(loss_of(expected), rel=1e-5)
 
 
 def offloaded() -> None:

@@ -162,11 +162,11 @@ def train(kinds: list[str], orig: bool) -> dict[str, Any]:
         with torch.no_grad():
             loss(model, batches(0, 1)[0])  # may leave gathered weights behind
             with twa.weights(1):
-                shown = loss(model, batches(0, 1)[0])
-            back = loss(model, batches(0, 1)[0])
+                displayed = loss(model, batches(0, 1)[0])
+            restored_loss = loss(model, batches(0, 1)[0])
         inner = getattr(model, "_orig_mod", model)
-        held = sum(p.numel() for p in model.parameters())
-        results[kind] = whole(inner), twa.coefficients, float(shown), float(back), held
+        stored = sum(p.numel() for p in model.parameters())
+        results[kind] = whole(inner), twa.coefficients, float(displayed), float(restored_loss), stored
         twa.close()
     return results
 
@@ -204,22 +204,22 @@ KINDS = ["shard-grad-op", "no-shard", "strategies", "deep", "frozen-unit", "igno
 def test_all_wrappings_match_the_reference(ranks: Pool, size: int, orig: bool, kinds: list[str]) -> None:
     results = ranks(train, size, kinds=kinds, orig=orig, timeout=120)
     for kind in kinds:
-        want = expected(kind, size)
+        target = expected(kind, size)
         fixed = {name for name, p in trainable(build(), kind).named_parameters() if not p.requires_grad}
-        candidate = loss_of(candidates()[1] | {name: want[name] for name in fixed})
+        candidate = loss_of(candidates()[1] | {name: target[name] for name in fixed})
         tolerance = 3e-2 if kind == "bf16" else 1e-5
-        for weights, coefficients, shown, back, _ in (by_kind[kind] for by_kind in results):
-            assert weights.keys() == want.keys()
-            for name, value in want.items():
+        for weights, coefficients, displayed, restored_loss, _ in (by_kind[kind] for by_kind in results):
+            assert weights.keys() == target.keys()
+            for name, value in target.items():
                 assert weights[name].dtype == torch.float32
                 assert (weights[name].double() - value).norm() <= tolerance * value.norm(), (kind, name)
             assert torch.equal(coefficients, results[0][kind][1]), kind
-            assert shown == pytest.approx(candidate, rel=tolerance), kind
-            assert back == pytest.approx(loss_of(want), rel=tolerance), kind
-    assert abs(candidate - loss_of(want)) > 0.035 * candidate, "the weights that are shown make no difference"
+            assert displayed == pytest.approx(candidate, rel=tolerance), kind
+            assert restored_loss == pytest.approx(loss_of(target), rel=tolerance), kind
+    assert abs(candidate - loss_of(target)) > 0.035 * candidate, "the weights that are shown make no difference"
     if size == 2 and orig:  # the test means something: weights are split, but where they should not be
-        held = {kind: results[0][kind][-1] + results[1][kind][-1] for kind in ("deep", "no-shard")}
-        assert held["no-shard"] == 2 * held["deep"]
+        stored = {kind: results[0][kind][-1] + results[1][kind][-1] for kind in ("deep", "no-shard")}
+        assert stored["no-shard"] == 2 * stored["deep"]
 
 
 def unreduced(kind: str, orig: bool) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
@@ -272,8 +272,8 @@ def refused(kind: str) -> None:
             net.picture.to(memory_format=torch.channels_last)
             model = hold(net)
         case "different ranks":
-            alone = [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]
-            net.layers[0] = hold(net.layers[0], process_group=alone)
+            single = [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]
+            net.layers[0] = hold(net.layers[0], process_group=single)
             model = hold(net)
         case "only some modules":
             net.layers[0] = hold(net.layers[0], sharding_strategy=HYBRID, device_mesh=init_device_mesh("cpu", (2, 2)))
@@ -320,9 +320,11 @@ def snapshots(directory: Path, orig: bool) -> tuple[dict[str, Tensor], list[dict
 @pytest.mark.parametrize("orig", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_snapshots_are_candidates_and_the_average_is_exported(ranks: Pool, tmp_path: Path, orig: bool) -> None:
     for weights, kept in ranks(snapshots, 3, directory=tmp_path, orig=orig):
-        for i, want in enumerate(kept):
-            held = load_file(tmp_path / f"run/step-{i + 1:08d}/model.safetensors")
-            assert held.keys() == want.keys() and all(torch.equal(held[name], value) for name, value in want.items())
+        for i, target in enumerate(kept):
+            stored = load_file(tmp_path / f"run/step-{i + 1:08d}/model.safetensors")
+            assert stored.keys() == target.keys() and all(
+                torch.equal(stored[name], value) for name, value in target.items()
+            )
         assert not torch.equal(kept[0]["embed.weight"], kept[2]["embed.weight"])
         exported = load_file(tmp_path / "out/model.safetensors")
         assert all(torch.equal(exported[name], value) for name, value in weights.items())

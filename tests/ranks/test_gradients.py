@@ -38,10 +38,10 @@ def gradients_left(engine: str) -> tuple[list[str], list[str]]:
     models.loss(model, own_part(0)).backward()
     after_backward = [name for name, p in model.named_parameters() if p.grad is not None]
     twa.step()
-    held = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    stored = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if engine == "sharded-ddp":  # views of buckets that fairscale will fill again
-        held = {name: gradient for name, gradient in held.items() if gradient.any()}
-    return after_backward, list(held)
+        stored = {name: gradient for name, gradient in stored.items() if gradient.any()}
+    return after_backward, list(stored)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -86,9 +86,9 @@ def step_without_zero_grad(engine: str, zero: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_accumulates_alike_without_zero_grad(ranks: Pool, engine: str) -> None:
     """All engines free the gradients in a step."""
-    want = ranks(step_without_zero_grad, 1, engine="plain", zero=False)[0]
+    expected = ranks(step_without_zero_grad, 1, engine="plain", zero=False)[0]
     for name, value in ranks(step_without_zero_grad, 1, engine=engine, zero=False)[0].items():
-        assert (value - want[name]).norm() <= 1e-5 * want[name].norm(), name
+        assert (value - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
 def accumulate(engine: str, late: bool) -> dict[str, Tensor]:
@@ -112,8 +112,8 @@ def accumulate(engine: str, late: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_gradients_that_are_reduced_late_are_the_same(ranks: Pool, engine: str) -> None:
     at_once, late = (ranks(accumulate, 2, engine=engine, late=late) for late in (False, True))
-    for want, weights in zip(at_once, late, strict=True):
-        for name, value in want.items():
+    for expected, weights in zip(at_once, late, strict=True):
+        for name, value in expected.items():
             assert (weights[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
@@ -159,9 +159,9 @@ def stem_loss(model: nn.Module, data: models.Batch) -> Tensor:
 def test_tensors_that_the_loss_does_not_reach_stay(ranks: Pool) -> None:
     for size in (1, 2):
         steps = [cases.micro_batches(step, size) for step in range(RUN.steps)]
-        want = reference.train(models.build(), stem_loss, models.candidates(), RUN.config, steps).weights[-1]
+        expected = reference.train(models.build(), stem_loss, models.candidates(), RUN.config, steps).weights[-1]
         for weights in ranks(skip_a_tensor, size, engine="plain"):
-            for name, value in want.items():
+            for name, value in expected.items():
                 assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
 
 
@@ -237,10 +237,10 @@ def train_narrow(engine: str) -> tuple[dict[str, Tensor], int]:
 )
 def test_rank_without_elements_takes_part(ranks: Pool, engine: str, size: int) -> None:
     steps = [narrow_data(step, size) for step in range(5)]
-    want = reference.train(narrow(), narrow_loss, narrow_candidates(), {"groups": "tensor"}, steps).weights[-1]
+    expected = reference.train(narrow(), narrow_loss, narrow_candidates(), {"groups": "tensor"}, steps).weights[-1]
     results = ranks(train_narrow, size, engine=engine)
     for weights, _ in results:
-        for name, value in want.items():
+        for name, value in expected.items():
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
     if engine in ("fsdp2", "sharded-ddp") and size == 3:
         assert results[2][1] == 0, "a rank without rows has read something"
@@ -344,6 +344,6 @@ def train_after_a_refusal(engine: str, refused: bool) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("fsdp1", 2)])
 def test_a_step_after_a_refused_backward_pass(ranks: Pool, engine: str, size: int) -> None:
-    want = ranks(train_after_a_refusal, size, engine=engine, refused=False)[0]
+    expected = ranks(train_after_a_refusal, size, engine=engine, refused=False)[0]
     for name, value in ranks(train_after_a_refusal, size, engine=engine, refused=True)[0].items():
-        assert torch.equal(value, want[name]), name
+        assert torch.equal(value, expected[name]), name

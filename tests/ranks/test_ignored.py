@@ -24,7 +24,7 @@ def coefficients(ddp: bool) -> Tensor:
     """One step on batches that differ by rank, or, alone, on all of them."""
     net: nn.Module = Scaled()
     generator = torch.Generator().manual_seed(1)
-    held = [
+    stored = [
         {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in net.state_dict().items()} for _ in "abc"
     ]
     batches = torch.randn(2, 8, 5, generator=generator)
@@ -32,7 +32,7 @@ def coefficients(ddp: bool) -> Tensor:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["scale"])
         net = DistributedDataParallel(net)
         batches = batches[torch.distributed.get_rank()][None]
-    twa = twa_scale.attach(net, held, {"groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.1}})
+    twa = twa_scale.attach(net, stored, {"groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.1}})
     for batch in batches:
         (net(batch).square().mean() / len(batches)).backward()
     twa.step()

@@ -78,10 +78,10 @@ def test_written_weights_are_reported_once_and_overwritten(change: Callable[[Any
     assert "parameter '" in said and "before attach" in said
     change(model)
     assert not reports(lambda: cases.one_step(model, twa, 2))
-    found = cases.gathered(model)
+    actual = cases.gathered(model)
     twa.load_state_dict(twa.state_dict())
     for name, value in cases.gathered(model).items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(actual[name], value), name
 
 
 def test_embedding_with_max_norm_trains() -> None:
@@ -178,9 +178,9 @@ def test_gradient_written_by_a_script_is_used() -> None:
         assert twa.step()
         return cases.gathered(model)
 
-    want = trained(by_hand=False)
+    expected = trained(by_hand=False)
     for name, value in trained(by_hand=True).items():
-        torch.testing.assert_close(value, want[name])
+        torch.testing.assert_close(value, expected[name])
 
 
 def notices_of(wrapped: bool) -> list[str]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from tests import models
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.conftest import scores as scores
 from tests.commands.material import Scores, run_here, settings
 from tests.old_torch import OLD
@@ -30,7 +30,7 @@ from twa_scale.errors import RankError
 from twa_scale.ranks import Group
 
 
-def recalibrate(engine: str, how: str) -> tuple[str, bool]:
+def recalibrate(engine: str, mode: str) -> tuple[str, bool]:
     """Make the second batch of the last rank invalid; return the error, and whether statistics and modes are kept."""
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
@@ -40,7 +40,7 @@ def recalibrate(engine: str, how: str) -> tuple[str, bool]:
         first, second = batches()[:2]
         yield first
         if rank == size - 1:
-            if how == "iterator":
+            if mode == "iterator":
                 raise ValueError("cannot decode picture 17")
             second = {name: value[:, :1] for name, value in second.items()}
         yield second
@@ -56,11 +56,11 @@ def recalibrate(engine: str, how: str) -> tuple[str, bool]:
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    ("engine", "how"), [("plain", "iterator"), ("ddp", "iterator"), ("fsdp2", "iterator"), ("plain", "forward")]
+    ("engine", "mode"), [("plain", "iterator"), ("ddp", "iterator"), ("fsdp2", "iterator"), ("plain", "forward")]
 )
-def test_bad_data_in_recalibration(ranks: Pool, engine: str, how: str, size: int) -> None:
-    word = "cannot decode picture 17" if how == "iterator" else "expected"
-    for message, kept in ranks(recalibrate, size, engine=engine, how=how):
+def test_bad_data_in_recalibration(ranks: Pool, engine: str, mode: str, size: int) -> None:
+    word = "cannot decode picture 17" if mode == "iterator" else "expected"
+    for message, kept in ranks(recalibrate, size, engine=engine, mode=mode):
         assert word in message and kept, message
 
 
@@ -79,11 +79,11 @@ class FailingPlain(PlainEngine):
 
 def step(engine: str) -> tuple[str, bool]:
     model: nn.Module = models.build(seed=99)
-    held: Any = FailingPlain(model, Group.world())
+    stored: Any = FailingPlain(model, Group.world())
     if engine == "ddp":
         model = DistributedDataParallel(model)
-        held = FailingDDP(model, Group.alone())
-    twa = twa_scale.attach(held, models.candidates(), {"groups": "block"})
+        stored = FailingDDP(model, Group.alone())
+    twa = twa_scale.attach(stored, models.candidates(), {"groups": "block"})
     before = twa.coefficients
     rank, size = cases.where()
     models.loss(model, models.part(models.batch(0), rank, size)).backward()
@@ -149,7 +149,7 @@ def fails(method: str, call: int) -> Fails:
     ],
 )
 def test_task_fails_in_a_run(
-    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, method: str, timeout: float
+    ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, method: str, timeout: float
 ) -> None:
     if engine == "fsdp2" and OLD:
         pytest.skip("torch 2.6 does not change the time limit of a gloo group that exists")

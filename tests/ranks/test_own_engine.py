@@ -42,16 +42,16 @@ def train(out: Path) -> Any:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_training_matches_the_reference(ranks: Pool, tmp_path: Path, size: int) -> None:
-    want = test_together.expected("nothing", size, ()).weights[-1]
+    expected = test_together.expected("nothing", size, ()).weights[-1]
     results = ranks(train, size, out=tmp_path)
     for weights, a, _ in results:
         assert torch.equal(a, results[0][1])
-        for name, value in want.items():
+        for name, value in expected.items():
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
     trained = sum(p.numel() for p in models.build().parameters() if p.requires_grad)
-    assert sum(held for *_, held in results) == 4 * (models.NUM_CANDIDATES + 1) * trained
+    assert sum(stored for *_, stored in results) == 4 * (models.NUM_CANDIDATES + 1) * trained
     saved = load_file(tmp_path / "step-00000001/model.safetensors")
-    assert_same({name: saved[name] for name in want}, results[0][0])
+    assert_same({name: saved[name] for name in expected}, results[0][0])
 
 
 def refuse() -> None:
@@ -100,9 +100,11 @@ def attach_to_a_part(held: str) -> None:
     twa_scale.attach(engine, models.candidates())
 
 
-@pytest.mark.parametrize(("held", "said"), [("less", "exactly one span"), ("twice", "exactly one"), ("other", "'x'")])
-def test_spans_that_do_not_cover_all_elements_once_are_refused(ranks: Pool, held: str, said: str) -> None:
-    assert said in str(ranks.error(attach_to_a_part, 2, held=held))
+@pytest.mark.parametrize(
+    ("stored", "message"), [("less", "exactly one span"), ("twice", "exactly one"), ("other", "'x'")]
+)
+def test_spans_that_do_not_cover_all_elements_once_are_refused(ranks: Pool, stored: str, message: str) -> None:
+    assert message in str(ranks.error(attach_to_a_part, 2, held=stored))
 
 
 def test_page_documents_all_members() -> None:

@@ -116,17 +116,17 @@ def test_pods_train_as_one_group_on_all_batches(ranks: Pool, name: str) -> None:
     layout = LAYOUTS[name]
     size = sum(ranks for _, ranks in layout)
     results = ranks(train_all, size, layout=layout)
-    alone = ranks(cases.train, size, engine="fsdp2", run=RUNS["normalized"])[0].weights
+    single = ranks(cases.train, size, engine="fsdp2", run=RUNS["normalized"])[0].weights
     for key, run in runs_of(layout).items():
         steps = [cases.micro_batches(step, size, run.accumulate) for step in range(run.steps)]
-        want = reference.train(models.build(), models.loss, models.candidates(), run.config, steps).weights[-1]
+        expected = reference.train(models.build(), models.loss, models.candidates(), run.config, steps).weights[-1]
         for ended in (result[key] for result in results):
-            for tensor, value in want.items():
+            for tensor, value in expected.items():
                 assert (ended.weights[tensor].double() - value).norm() <= 1e-5 * value.norm(), (key, tensor)
             assert torch.equal(ended.coefficients, results[0][key].coefficients), key
             corrections = results[0][key].corrections
             assert all(torch.equal(value, corrections[tensor]) for tensor, value in ended.corrections.items())
-    for tensor, value in alone.items():
+    for tensor, value in single.items():
         assert (results[-1]["normalized"].weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
 
 
@@ -141,17 +141,17 @@ def test_rows_need_pods_of_equal_size(ranks: Pool) -> None:
 
 def exchange_often(dtype: RowDtype, forget: bool) -> list[Tensor]:
     """Return the sums over 50 steps of averaged gradients, of exact means, and of the absolute values of these."""
-    alone, world = Group.alone(), Group.world()
-    exchange = RowExchange(dtype, Reduction("auto", Pods(alone, world), alone, world))
+    single, world = Group.alone(), Group.world()
+    exchange = RowExchange(dtype, Reduction("auto", Pods(single, world), single, world))
     sums = [torch.zeros(5, 7) for _ in range(3)]
     for step in range(50):
         torch.manual_seed(step)
         of_ranks = (1 + torch.randn(world.size, 5, 7)) * 10.0 ** torch.arange(-3, 4)  # rows of different sizes
-        mine, mean = of_ranks[world.rank].clone(), of_ranks.mean(0)
-        exchange.average_(mine)
+        local, mean = of_ranks[world.rank].clone(), of_ranks.mean(0)
+        exchange.average_(local)
         if forget:
             exchange.forget()
-        for total, value in zip(sums, (mine, mean, mean.abs()), strict=True):
+        for total, value in zip(sums, (local, mean, mean.abs()), strict=True):
             total += value
     return sums
 
@@ -160,18 +160,18 @@ def exchange_often(dtype: RowDtype, forget: bool) -> list[Tensor]:
 def test_errors_of_rounded_gradients_do_not_add_up(ranks: Pool, dtype: RowDtype, error: float) -> None:
     results = ranks(exchange_often, 3, dtype=dtype, forget=False)
     total, exact, size = results[0]
-    assert all(torch.equal(one[0], total) for one in results)
-    found = ((total - exact).abs() / size).max()
-    assert found < error
+    assert all(torch.equal(item[0], total) for item in results)
+    actual = ((total - exact).abs() / size).max()
+    assert actual < error
     if dtype != "float32":
         total, exact, size = ranks(exchange_often, 3, dtype=dtype, forget=True)[0]
-        assert ((total - exact).abs() / size).max() > 3 * found
+        assert ((total - exact).abs() / size).max() > 3 * actual
 
 
 def exchange_nothing(dtype: RowDtype) -> tuple[int, ...]:
-    alone, world = Group.alone(), Group.world()
+    single, world = Group.alone(), Group.world()
     values = torch.zeros(5, 0)
-    RowExchange(dtype, Reduction("auto", Pods(alone, world), alone, world)).average_(values)
+    RowExchange(dtype, Reduction("auto", Pods(single, world), single, world)).average_(values)
     return values.shape
 
 
@@ -195,9 +195,9 @@ def scaled_steps(scales: list[float]) -> dict[str, Tensor]:
 
 
 def test_loss_scales_and_skipped_steps_leave_errors_of_rounding_as_they_are(ranks: Pool) -> None:
-    want = ranks(scaled_steps, 4, scales=[1.0] * 4)[0]
+    expected = ranks(scaled_steps, 4, scales=[1.0] * 4)[0]
     for weights in ranks(scaled_steps, 4, scales=[1.0, 256.0, torch.inf, 4.0, torch.inf, 1024.0]):
-        assert all(torch.equal(weights[name], value) for name, value in want.items())
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
 def train_rounded(dtype: RowDtype) -> tuple[dict[str, Tensor], list[bool]]:
@@ -221,8 +221,8 @@ def test_rounded_gradients_of_rows_train_nearly_the_same(ranks: Pool) -> None:
         for weights, same in results:
             assert all(same)
             assert all(torch.equal(value, results[0][0][name]) for name, value in weights.items())
-            found = [float((weights[name] - value).norm() / value.norm()) for name, value in exact.items()]
-            assert 0 < max(found) < error, dtype
+            actual = [float((weights[name] - value).norm() / value.norm()) for name, value in exact.items()]
+            assert 0 < max(actual) < error, dtype
 
 
 def leave(layout: Layout, directory: Path) -> dict[str, Any]:
@@ -281,8 +281,8 @@ def attach_to(layout: Layout, paths: list[list[Path]], configs: list[dict[str, A
 def test_reading_error_of_one_rank_stops_all_pods(ranks: Pool, tmp_path: Path, name: str) -> None:
     size = sum(ranks for _, ranks in LAYOUTS[name])
     paths = save(tmp_path, models.candidates())
-    given = [paths] * (size - 1) + [[Path("elsewhere") / path.name for path in paths]]
-    error = ranks.error(attach_to, size, layout=LAYOUTS[name], paths=given)
+    inputs = [paths] * (size - 1) + [[Path("elsewhere") / path.name for path in paths]]
+    error = ranks.error(attach_to, size, layout=LAYOUTS[name], paths=inputs)
     assert isinstance(error, CandidateError) and "elsewhere" in str(error)
 
 
@@ -291,7 +291,7 @@ def test_pods_with_different_candidates_are_refused(ranks: Pool, tmp_path: Path,
     """Each pod may read its own disk, with equal candidates."""
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
-    here = save(tmp_path / "here", models.candidates())
+    directory = save(tmp_path / "here", models.candidates())
     states = models.candidates()
     if change == "an element":
         states[2]["blocks.1.down.weight"].view(-1)[-1] += 1e-4
@@ -299,11 +299,11 @@ def test_pods_with_different_candidates_are_refused(ranks: Pool, tmp_path: Path,
         states[2], states[3] = states[3], states[2]
     else:
         states = states[:3]
-    there = save(tmp_path / "there", states)
-    error = ranks.error(attach_to, 3, layout=LAYOUTS["uneven"], paths=[here, there, there])
+    other_directory = save(tmp_path / "there", states)
+    error = ranks.error(attach_to, 3, layout=LAYOUTS["uneven"], paths=[directory, other_directory, other_directory])
     assert isinstance(error, CandidateError) and "there" in str(error) and "pod 1" in str(error)
     if change == "an element":
-        assert there[2].name in str(error) and "blocks.1.down.weight" in str(error)
+        assert other_directory[2].name in str(error) and "blocks.1.down.weight" in str(error)
 
 
 @pytest.mark.parametrize(("key", "values"), [("groups", ("block", "tensor")), ("comm", ("auto", "gloo"))])

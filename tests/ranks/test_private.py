@@ -39,11 +39,11 @@ CASES = [
 def attach_to_another_version(engine: str, holder: str, attribute: str, library: str) -> str:
     model = models.wrap(models.build(scalar_shape=(1,)), engine)
     del vars(HOLDERS[holder](model))[attribute]
-    found = version(library)
+    actual = version(library)
     try:
         twa_scale.attach(model, models.candidates(scalar_shape=(1,)))
     except twa_scale.EngineError as error:
-        assert f"{library} {found} has no" in str(error), error
+        assert f"{library} {actual} has no" in str(error), error
         return str(error)
     return ""
 
@@ -52,5 +52,7 @@ def attach_to_another_version(engine: str, holder: str, attribute: str, library:
 def test_a_missing_attribute_is_named_with_the_version(
     ranks: Pool, engine: str, holder: str, attribute: str, library: str
 ) -> None:
-    (said,) = ranks(attach_to_another_version, 1, engine=engine, holder=holder, attribute=attribute, library=library)
-    assert repr(attribute) in said
+    (messages,) = ranks(
+        attach_to_another_version, 1, engine=engine, holder=holder, attribute=attribute, library=library
+    )
+    assert repr(attribute) in messages

@@ -79,9 +79,9 @@ QUICK = [("plain", 1), ("ddp", 3), ("fsdp2", 2)]
 def test_every_step_is_a_step_of_projected_sgd(ranks: Pool, engine: str, size: int) -> None:
     for by_groups in ranks(trajectories, size, engine=engine):
         for groups, history in by_groups.items():
-            want = projected_sgd(groups, size)
-            assert len(history) == len(want) == NUM_STEPS + 1
-            for step, (got, expected) in enumerate(zip(history, want, strict=True)):
+            reference = projected_sgd(groups, size)
+            assert len(history) == len(reference) == NUM_STEPS + 1
+            for step, (got, expected) in enumerate(zip(history, reference, strict=True)):
                 for name, value in expected.items():
                     error = (got[name].double() - value).norm() / value.norm()
                     assert error <= 1e-5, f"{groups}, after {step} steps: {name} is {error:.1e} off"

@@ -49,10 +49,10 @@ def attach_wide(engine: str, paths: list[Path]) -> tuple[int, int]:
     torch.manual_seed(0)  # replicas must have the same candidates
     twa_scale.attach(nn.Linear(2, 2), candidates=[nn.Linear(2, 2).state_dict()] * 2)  # imports read files, too
     before = kernel_count()
-    told: list[tuple[int, int]] = []
-    twa = twa_scale.attach(model, candidates=paths, progress=lambda nbytes, total: told.append((nbytes, total)))
-    assert sum(nbytes for nbytes, _ in told) == twa.bytes_read
-    assert {total for _, total in told} <= {twa.bytes_read}
+    messages: list[tuple[int, int]] = []
+    twa = twa_scale.attach(model, candidates=paths, progress=lambda nbytes, total: messages.append((nbytes, total)))
+    assert sum(nbytes for nbytes, _ in messages) == twa.bytes_read
+    assert {total for _, total in messages} <= {twa.bytes_read}
     return twa.bytes_read, kernel_count() - before
 
 
@@ -190,15 +190,15 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Pa
 
 def refusals(engine: str, runs: list[tuple[dict[str, Any], Any]]) -> list[tuple[str, str]]:
     """Return the class and the message of the error of attaching with each configuration and candidates."""
-    found = []
+    actual = []
     for config, paths in runs:
         try:
             cases.attach(engine, Run(config), paths)
         except TwaError as error:
-            found.append((type(error).__name__, str(error)))
+            actual.append((type(error).__name__, str(error)))
         else:
-            found.append(("", "is not refused"))
-    return found
+            actual.append(("", "is not refused"))
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -212,10 +212,10 @@ def test_a_bad_candidate_is_the_same_error_on_every_rank(
     ranks: Pool, damaged: dict[str, tuple[list[Path], list[str]]], engine: str, size: int
 ) -> None:
     by_rank = ranks(refusals, size, engine=engine, runs=[({}, paths) for paths, _ in damaged.values()])
-    assert all(found == by_rank[0] for found in by_rank), by_rank
-    for (kind, (_, names)), (error, said) in zip(damaged.items(), by_rank[0], strict=True):
-        assert error == "CandidateError", f"{kind}: {error} {said}"
-        assert all(name in said for name in names), f"{kind}: {said}"
+    assert all(actual == by_rank[0] for actual in by_rank), by_rank
+    for (kind, (_, names)), (error, messages) in zip(damaged.items(), by_rank[0], strict=True):
+        assert error == "CandidateError", f"{kind}: {error} {messages}"
+        assert all(name in messages for name in names), f"{kind}: {messages}"
 
 
 def attach_where_one_rank_sees_no_file(engine: str, paths: list[Path]) -> None:
@@ -248,8 +248,8 @@ def test_a_wrong_setting_is_a_config_error_on_every_rank(ranks: Pool) -> None:
     ]
     first, second = ranks(refusals, 2, engine="fsdp2", runs=[(config, None) for config in configs])
     assert first == second
-    for config, (error, said) in zip(configs, first, strict=True):
-        assert error == "ConfigError", f"{config}: {error} {said}"
+    for config, (error, messages) in zip(configs, first, strict=True):
+        assert error == "ConfigError", f"{config}: {error} {messages}"
 
 
 def train_with_twins(engine: str, basis: str, paths: list[Path]) -> tuple[list[str], bool]:
@@ -267,8 +267,8 @@ def test_two_identical_candidates_work_with_a_warning_that_names_both(ranks: Poo
     states = models.candidates()
     paths = save(tmp_path, [*states[:3], states[1]])
     results = ranks(train_with_twins, 2, engine="fsdp2", basis=basis, paths=paths)
-    said = [message for messages, _ in results for message in messages]
-    assert len(said) == 1 and paths[1].name in said[0] and paths[3].name in said[0]
+    captured = [message for messages, _ in results for message in messages]
+    assert len(captured) == 1 and paths[1].name in captured[0] and paths[3].name in captured[0]
     assert all(finite for _, finite in results)
 
 

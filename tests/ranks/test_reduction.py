@@ -16,15 +16,15 @@ from twa_scale.ranks import Group, reduction
 def over_new_groups() -> list[list[float]]:
     """Return sums over a group of ranks 0 and 2 and over all ranks, twice, because group names may repeat."""
     rank = dist.get_rank()
-    some = dist.new_group([0, 2])
-    mine = Group.alone() if rank == 1 else Group(some)
+    subset = dist.new_group([0, 2])
+    local = Group.alone() if rank == 1 else Group(subset)
     sums = []
     for _ in range(2):
         # No group has a backend for this device type, so new groups are created.
-        made = reduction._over_torch("gloo", torch.device("meta"), [mine, Group(None)])
-        assert made[1].size == 3 and (made[0] is mine) == (rank == 1)
+        made = reduction._over_torch("gloo", torch.device("meta"), [local, Group(None)])
+        assert made[1].size == 3 and (made[0] is local) == (rank == 1)
         sums.append([group.sum_(torch.tensor(rank + 1.0, dtype=torch.float64)).item() for group in made])
-        for group, own in zip(made, [mine, None], strict=True):
+        for group, own in zip(made, [local, None], strict=True):
             if group is not own:
                 group.close()
     return sums
@@ -47,7 +47,7 @@ def attach(engine: str, comm: str) -> Any:
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
 def test_gloo_equals_auto_on_cpu(ranks: Pool, engine: str) -> None:
     auto, gloo = (ranks(attach, 2, engine=engine, comm=comm) for comm in ("auto", "gloo"))
-    assert all(torch.equal(one, auto[0]) for one in auto + gloo)
+    assert all(torch.equal(item, auto[0]) for item in auto + gloo)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")

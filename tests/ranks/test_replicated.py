@@ -18,9 +18,9 @@ def publish() -> tuple[dict[str, torch.Tensor], int]:
     """Write i to element i of each part. Return the gathered parameters and the size of the largest all-gather."""
     gathered = [0]
     parameters = {name: torch.full(shape, -1.0) for name, shape in SHAPES.items()}
-    held = ReplicatedParameters(parameters, Group.world(), {"rows": 5, "even": 12})
-    for span in held.spans():
-        held.live(span).copy_(torch.arange(span.start, span.stop))
+    stored = ReplicatedParameters(parameters, Group.world(), {"rows": 5, "even": 12})
+    for span in stored.spans():
+        stored.live(span).copy_(torch.arange(span.start, span.stop))
 
     def all_gather(self: Group, out: torch.Tensor, local: torch.Tensor) -> None:
         gathered.append(len(out))
@@ -28,7 +28,7 @@ def publish() -> tuple[dict[str, torch.Tensor], int]:
 
     original = Group.all_gather
     with patch.object(replicated, "_BUCKET", BUCKET), patch.object(Group, "all_gather", all_gather):
-        held.publish(SHAPES)
+        stored.publish(SHAPES)
     return parameters, max(gathered)
 
 

@@ -12,12 +12,12 @@ from twa_scale.candidates.rounding import Rounding
 
 def roundings(engine: str) -> list[Rounding | None]:
     """Of the judged candidates, with both codings and with the one that is taken."""
-    found = []
+    actual = []
     for coding in ("center", "increments", "auto"):
         _, twa = cases.attach(engine, Run({"store": "packed4", "coding": coding}))
-        found.append(twa.rounding)
+        actual.append(twa.rounding)
         twa.close()
-    return found
+    return actual
 
 
 @cache
@@ -29,9 +29,9 @@ def alone() -> tuple[Rounding, ...]:
 def test_ranks_know_the_error_of_all(ranks: Pool, engine: str, size: int, room: float) -> None:
     """Replicas count once, and parts add up. Of tensors as small as these, borders of ranks cut many blocks."""
     by_rank = ranks(roundings, size, engine=engine)
-    assert all(found == by_rank[0] for found in by_rank)
-    for found, want in zip(by_rank[0], alone(), strict=True):
-        assert found.coding == want.coding and len(want.errors) == 4
-        assert found.errors == pytest.approx(want.errors, rel=room)
+    assert all(result == by_rank[0] for result in by_rank)
+    for actual, expected in zip(by_rank[0], alone(), strict=True):
+        assert actual.coding == expected.coding and len(expected.errors) == 4
+        assert actual.errors == pytest.approx(expected.errors, rel=room)
     center, increments, auto = alone()
     assert auto == min(center, increments, key=lambda rounding: sum(e * e for e in rounding.errors))

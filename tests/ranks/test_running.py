@@ -96,7 +96,7 @@ def put(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def follow(engine: str, directory: Path) -> dict[str, Any]:
     """Follow a training, look at each average, go on from a state, and learn the coefficients of the window."""
-    model, found = wrapped(engine), dict[str, Any]()
+    model, actual = wrapped(engine), dict[str, Any]()
     averages = twa_scale.RunningAverages(model, ema=EMA, window=WINDOW)
     resumed = None
     for step, state in enumerate(training(engine)):
@@ -108,27 +108,27 @@ def follow(engine: str, directory: Path) -> dict[str, Any]:
         if resumed:
             resumed.step()
     assert resumed is not None
-    found["resumed"] = same_bits(averages.state_dict(), resumed.state_dict())
-    found["steps"] = averages.snapshot_steps
+    actual["resumed"] = same_bits(averages.state_dict(), resumed.state_dict())
+    actual["steps"] = averages.snapshot_steps
     before = everything(model)
-    given: dict[str, int | Sequence[float]] = {"0": 0, "explicit": AVERAGES["explicit"]}
+    inputs: dict[str, int | Sequence[float]] = {"0": 0, "explicit": AVERAGES["explicit"]}
     for name in (*AVERAGES, "ema:0.5", "ema:0.9", "ema:half-life:0.3", "bema"):
-        with averages.weights(given.get(name, name)):
-            found[name] = everything(model)
-    found["restored"] = same_bits(before, everything(model))
+        with averages.weights(inputs.get(name, name)):
+            actual[name] = everything(model)
+    actual["restored"] = same_bits(before, everything(model))
     counts = counters(model)
     for name, config in CONFIGS.items():
         twa = averages.learn(config)
-        found[f"learned {name}"] = trained(model, twa)
+        actual[f"learned {name}"] = trained(model, twa)
         averages.restore()
         assert counters(model) == counts
-        found[f"given back from {name}"] = same_bits(before, everything(model))
+        actual[f"given back from {name}"] = same_bits(before, everything(model))
     saved = [str(path) for path in averages.save(directory)]
     for name, config in CONFIGS.items():
         twa = twa_scale.attach(model, saved, config)
-        found[f"attached {name}"] = trained(model, twa)
+        actual[f"attached {name}"] = trained(model, twa)
         twa.close()
-    return found
+    return actual
 
 
 def counters(model: Any) -> list[int]:
@@ -207,20 +207,23 @@ def test_averages_are_those_of_whole_weights(ranks: Pool, tmp_path: Path, engine
             for key, value in states[0].items()
             if value.is_floating_point()
         }
-    for found in ranks(follow, size, engine=engine, directory=tmp_path, timeout=100):
-        assert found["steps"] == [4, 6, 8]
-        assert found["resumed"] and found["restored"]
+    for actual in ranks(follow, size, engine=engine, directory=tmp_path, timeout=100):
+        assert actual["steps"] == [4, 6, 8]
+        assert actual["resumed"] and actual["restored"]
         for name, tensors in wanted.items():
-            shown = {key for key, _ in models.build().named_parameters()} - {models.FROZEN}
-            for key in shown | ({STATISTIC} if name.startswith("ema:") else set()):
+            displayed = {key for key, _ in models.build().named_parameters()} - {models.FROZEN}
+            for key in displayed | ({STATISTIC} if name.startswith("ema:") else set()):
                 torch.testing.assert_close(
-                    found[name][key].double(), tensors[key].double().view(found[name][key].shape), rtol=1e-5, atol=1e-6
+                    actual[name][key].double(),
+                    tensors[key].double().view(actual[name][key].shape),
+                    rtol=1e-5,
+                    atol=1e-6,
                 )
         for name in CONFIGS:
-            learned = found[f"learned {name}"]
-            assert found[f"given back from {name}"]
+            learned = actual[f"learned {name}"]
+            assert actual[f"given back from {name}"]
             assert not torch.allclose(learned["coefficients"], learned["coefficients"][:1])
-            for key, value in found[f"attached {name}"].items():
+            for key, value in actual[f"attached {name}"].items():
                 named = partial("{}: {}: {}".format, name, key)
                 torch.testing.assert_close(learned[key], value, rtol=1e-4, atol=1e-5, msg=named)
 
@@ -240,13 +243,13 @@ def save_distributed(directory: Path) -> dict[str, Any]:
 def load_distributed(directory: Path, window: bool) -> dict[str, Any]:
     model = wrapped("fsdp2")
     averages = twa_scale.RunningAverages(model, ema=[0.5])
-    held: dict[str, Any] = {"averages": averages}
+    stored: dict[str, Any] = {"averages": averages}
     if window:
-        held["windowed"] = twa_scale.RunningAverages(model, window=WINDOW | {"store": "packed4"})
-    dcp.load(held, checkpoint_id=directory)
+        stored["windowed"] = twa_scale.RunningAverages(model, window=WINDOW | {"store": "packed4"})
+    dcp.load(stored, checkpoint_id=directory)
     assert averages.num_steps == STEPS
-    found = shown(model, averages, "ema")
-    return found | shown(model, held["windowed"], "mean") if window else found
+    actual = shown(model, averages, "ema")
+    return actual | shown(model, stored["windowed"], "mean") if window else actual
 
 
 def shown(model: nn.Module, averages: Any, which: str) -> dict[str, Tensor]:
@@ -256,10 +259,10 @@ def shown(model: nn.Module, averages: Any, which: str) -> dict[str, Tensor]:
 
 def test_a_distributed_checkpoint_carries_the_state(ranks: Pool, tmp_path: Path) -> None:
     wanted = ranks(save_distributed, 2, directory=tmp_path)[0]
-    for found in ranks(load_distributed, 2, directory=tmp_path, window=True):
-        assert same_bits(found, wanted)
-    for found in ranks(load_distributed, 3, directory=tmp_path, window=False):  # other ranks: the shards are others
-        assert all(same_bits(value, wanted[name]) for name, value in found.items())
+    for actual in ranks(load_distributed, 2, directory=tmp_path, window=True):
+        assert same_bits(actual, wanted)
+    for actual in ranks(load_distributed, 3, directory=tmp_path, window=False):  # other ranks: the shards are others
+        assert all(same_bits(value, wanted[name]) for name, value in actual.items())
 
 
 def fully_sharded() -> nn.Module:
@@ -305,7 +308,7 @@ def load_of_others(engine: str) -> dict[str, str]:
         states.append(plain(averages.state_dict()))
     rank = torch.distributed.get_rank()
     first = twa_scale.ranks.Group.world().broadcast(states[1])
-    said = {
+    messages = {
         "rank": cases.complaint(lambda: averages.load_state_dict(first)),
         "step": cases.complaint(lambda: averages.load_state_dict(states[rank])),
     }
@@ -313,7 +316,7 @@ def load_of_others(engine: str) -> dict[str, str]:
     if rank == 1:
         averages.step()  # alone: it waits for no other rank
     assert averages.num_steps == 1 + rank
-    return said
+    return messages
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -332,7 +335,7 @@ def change_type(model: nn.Module) -> None:
 
 
 def refuse_replaced() -> list[str]:
-    said = []
+    messages = []
     for change in (replace_parameters, change_type):
         model = fully_sharded()
         averages = twa_scale.RunningAverages(model, ema=[0.5])
@@ -340,16 +343,16 @@ def refuse_replaced() -> list[str]:
         model(torch.ones(4, 8))  # the root stays gathered
         averages.step()
         change(model)
-        said.append(cases.complaint(averages.step))
+        messages.append(cases.complaint(averages.step))
     model = nn.Sequential(nn.Linear(8, 16))
     averages = twa_scale.RunningAverages(model, ema=[0.5])
     fully_shard(model)
-    return [*said, cases.complaint(averages.step)]
+    return [*messages, cases.complaint(averages.step)]
 
 
 def test_parameters_that_are_replaced_in_fsdp2_are_refused(ranks: Pool) -> None:
-    for said in ranks(refuse_replaced, 2):
-        assert len(said) == 3 and all("was replaced" in text for text in said)
+    for messages in ranks(refuse_replaced, 2):
+        assert len(messages) == 3 and all("was replaced" in text for text in messages)
 
 
 WITH_BUFFERS = {"decays": 0.5, "use_buffers": True}
@@ -362,17 +365,17 @@ def statistics_of_ranks(directory: Path) -> dict[str, Any]:
     move(model, averages, 2)
     dcp.save({"averages": averages}, checkpoint_id=directory)
     with averages.weights("ema"):
-        found: dict[str, Any] = {"own": model.get_buffer(MEAN).clone()}
+        actual: dict[str, Any] = {"own": model.get_buffer(MEAN).clone()}
     resumed = twa_scale.RunningAverages(model, ema=WITH_BUFFERS)
     dcp.load({"averages": resumed}, checkpoint_id=directory)
     with resumed.weights("ema"):
-        found["resumed"] = model.get_buffer(MEAN).clone()
+        actual["resumed"] = model.get_buffer(MEAN).clone()
     other = twa_scale.RunningAverages(model, ema=WITH_BUFFERS | {"bias_correction": True})
     other.step()
     for call in (lambda: dcp.load({"averages": other}, checkpoint_id=directory), lambda: see(other)):
-        found.setdefault("said", []).append(raised(call))
+        actual.setdefault("said", []).append(raised(call))
     other = twa_scale.RunningAverages(model, ema=WITH_BUFFERS)
-    return found | {"trained": model.get_buffer(MEAN).clone()}
+    return actual | {"trained": model.get_buffer(MEAN).clone()}
 
 
 def see(averages: Any) -> None:
@@ -391,9 +394,9 @@ def raised(call: Callable[[], object]) -> str:
 def test_statistics_of_ranks_are_those_of_the_first(ranks: Pool, tmp_path: Path) -> None:
     first, second = ranks(statistics_of_ranks, 2, directory=tmp_path)
     assert not torch.equal(first["trained"], second["trained"])
-    assert all(torch.equal(first["own"], found) for found in (second["own"], first["resumed"], second["resumed"]))
-    for found in (first, second):  # torch has read into the averages before it could be refused
-        assert "saved with ema=" in found["said"][0] and "a state that does not fit" in found["said"][1]
+    assert all(torch.equal(first["own"], result) for result in (second["own"], first["resumed"], second["resumed"]))
+    for actual in (first, second):  # torch has read into the averages before it could be refused
+        assert "saved with ema=" in actual["said"][0] and "a state that does not fit" in actual["said"][1]
 
 
 def fail_on_one(where: str) -> dict[str, Any]:
@@ -409,7 +412,7 @@ def fail_on_one(where: str) -> dict[str, Any]:
 
     if where == "weights":
         with averages.weights("ema"):
-            said = raised(lambda: fail_in(averages, fail))
+            messages = raised(lambda: fail_in(averages, fail))
     else:
         work = getattr(learning, where)
 
@@ -420,7 +423,7 @@ def fail_on_one(where: str) -> dict[str, Any]:
 
         setattr(learning, where, failing)
         try:
-            said = raised(averages.learn)
+            messages = raised(averages.learn)
         finally:
             setattr(learning, where, work)
     restored = same_bits(before, everything(model))
@@ -431,7 +434,7 @@ def fail_on_one(where: str) -> dict[str, Any]:
     kept = same_bits(moved, everything(model)) and not same_bits(before, moved)
     averages.learn()
     averages.restore()
-    return {"said": said, "restored": restored, "kept": kept}
+    return {"said": messages, "restored": restored, "kept": kept}
 
 
 def fail_in(averages: Any, fail: Callable[[], None]) -> None:
@@ -439,10 +442,10 @@ def fail_in(averages: Any, fail: Callable[[], None]) -> None:
         fail()
 
 
-@pytest.mark.parametrize("where", ["weights", "_measured", "assemble"])
-def test_an_error_on_one_rank_leaves_the_weights_of_all(ranks: Pool, where: str) -> None:
-    for found in ranks(fail_on_one, 2, where=where):
-        assert "on one rank" in found["said"] and found["restored"] and found["kept"]
+@pytest.mark.parametrize("location", ["weights", "_measured", "assemble"])
+def test_an_error_on_one_rank_leaves_the_weights_of_all(ranks: Pool, location: str) -> None:
+    for actual in ranks(fail_on_one, 2, where=location):
+        assert "on one rank" in actual["said"] and actual["restored"] and actual["kept"]
 
 
 def wrapped_in_ddp(first: bool) -> list[str]:
@@ -465,5 +468,5 @@ def wrapped_in_ddp(first: bool) -> list[str]:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_averages_of_the_module_in_a_wrapper_are_reported_once(ranks: Pool, first: bool) -> None:
-    said, other = ranks(wrapped_in_ddp, 2, first=first)
-    assert len(said) == 1 and "that a DistributedDataParallel wraps" in said[0] and not other
+    messages, other = ranks(wrapped_in_ddp, 2, first=first)
+    assert len(messages) == 1 and "that a DistributedDataParallel wraps" in messages[0] and not other

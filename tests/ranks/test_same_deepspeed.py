@@ -66,14 +66,14 @@ def resume(kind: str, bf16: bool, directory: Path) -> dict[str, Any]:
         step(engine, number)
         engine.save_checkpoint(str(path), client_state={"note": f"step {number}"})
         each.append({**whole(engine), **{name: b.clone() for name, b in engine.module.named_buffers()}})
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         average_fixed([str(path) for path in paths], directory / "average", [0.25, 0.75], format="same")
-    assert not [text for line in said if "left out" in (text := str(line.message))]
+    assert not [text for line in messages if "left out" in (text := str(line.message))]
     fresh = engine_of(kind, bf16, 1)
     _, client = fresh.load_checkpoint(str(directory / "average"))
     weights = whole(fresh)
-    found: dict[str, Any] = {
+    actual: dict[str, Any] = {
         "weights": weights,
         "buffers": {name: b.clone() for name, b in fresh.module.named_buffers()},
         "live": zero.whole(fresh),
@@ -82,8 +82,8 @@ def resume(kind: str, bf16: bool, directory: Path) -> dict[str, Any]:
         "counters": (fresh.global_steps, client["note"]),
     }
     step(fresh, 3)
-    found["moved"] = any(not torch.equal(value, weights[name]) for name, value in whole(fresh).items())
-    return found
+    actual["moved"] = any(not torch.equal(value, weights[name]) for name, value in whole(fresh).items())
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -92,19 +92,19 @@ def resume(kind: str, bf16: bool, directory: Path) -> dict[str, Any]:
 def test_training_resumes_from_the_average(ranks: Pool, kind: str, size: int, bf16: bool, tmp_path: Path) -> None:
     ended = ranks(resume, size, timeout=240, kind=kind, bf16=bf16, directory=tmp_path)
     first, second = ended[0]["each"]  # statistics of the other ranks are not those of checkpoints
-    for found in ended:
+    for actual in ended:
         wanted = {name: 0.25 * first[name] + 0.75 * second[name] for name in first if first[name].is_floating_point()}
         assert not torch.equal(first["up.weight"], second["up.weight"])
-        for name, value in found["weights"].items():
+        for name, value in actual["weights"].items():
             torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-6)
-            assert torch.equal(found["live"][name], value.to(found["live"][name].dtype))
-        for name, value in found["buffers"].items():
+            assert torch.equal(actual["live"][name], value.to(actual["live"][name].dtype))
+        for name, value in actual["buffers"].items():
             if value.is_floating_point():
                 torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-6)
-        resumed, last = found["moments"]
+        resumed, last = actual["moments"]
         assert resumed and all(torch.equal(value, other) for value, other in zip(resumed, last, strict=True))
-        assert found["counters"] == (2, "step 2") and found["moved"]
+        assert actual["counters"] == (2, "step 2") and actual["moved"]
     for file in tmp_path.glob("average/global_step2/mp_rank_00_model_states.pt"):  # of ZeRO-1 and 2
         module = torch.load(file, weights_only=False)["module"]
-        assert torch.equal(module["up.weight"], found["weights"]["up.weight"].to(module["up.weight"].dtype))
+        assert torch.equal(module["up.weight"], actual["weights"]["up.weight"].to(module["up.weight"].dtype))
     assert (tmp_path / "average/latest").read_text() == "global_step2"

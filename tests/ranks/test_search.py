@@ -29,23 +29,23 @@ def searched(engine: str, method: Any, local: bool = False) -> tuple[list[float]
 
     def loss() -> float:
         with torch.no_grad():
-            found = (model(inputs) - inputs @ target.T).square().sum()
+            result = (model(inputs) - inputs @ target.T).square().sum()
         if not local:
-            dist.all_reduce(found)
-        return float(found)
+            dist.all_reduce(result)
+        return float(result)
 
-    found = twa_scale.search(twa, loss, method, budget=30, higher_is_better=False)
+    actual = twa_scale.search(twa, loss, method, budget=30, higher_is_better=False)
     twa.close()
-    return twa.coefficients[:, 0].tolist(), [evaluation.label for evaluation in found.evaluations]
+    return twa.coefficients[:, 0].tolist(), [evaluation.label for evaluation in actual.evaluations]
 
 
 @pytest.mark.parametrize(("engine", "size"), [("fsdp2", 2), pytest.param("ddp", 3, marks=pytest.mark.slow)])
 def test_all_ranks_end_at_the_best(ranks: Pool, engine: str, size: int) -> None:
     for method in ("sweep", "cma"):
-        found = ranks(searched, size, engine=engine, method=method)
-        assert all(one == found[0] for one in found)
+        actual = ranks(searched, size, engine=engine, method=method)
+        assert all(item == actual[0] for item in actual)
         if method == "sweep":
-            assert found[0][0] == pytest.approx([0, 0, 0.5, 0.5], abs=1e-6)
+            assert actual[0][0] == pytest.approx([0, 0, 0.5, 0.5], abs=1e-6)
 
 
 def test_scores_that_differ_are_refused(ranks: Pool) -> None:

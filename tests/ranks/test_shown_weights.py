@@ -122,9 +122,9 @@ def test_weights_are_shown_and_restored(ranks: Pool, engine: str, size: int, bas
                     continue
                 column = next(i for i in reversed(range(len(GROUPS))) if tensor.startswith(GROUPS[i] + "."))
                 a = coefficients(name)[:, column]
-                want = sum(a_i * state[tensor].double() for a_i, state in zip(a, states, strict=True))
-                assert isinstance(want, Tensor)
-                assert (value.double() - want).norm() <= 2e-6 * want.norm(), (name, tensor)
+                expected = sum(a_i * state[tensor].double() for a_i, state in zip(a, states, strict=True))
+                assert isinstance(expected, Tensor)
+                assert (value.double() - expected).norm() <= 2e-6 * expected.norm(), (name, tensor)
         for name, after in result["after"].items():
             for tensor, value in result["before"].items():
                 assert torch.equal(after[tensor], value), f"{tensor} is not what it was before {name}"
@@ -175,25 +175,25 @@ def fail_at_the_end(engine: str) -> tuple[str, dict[str, Tensor], dict[str, Tens
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
     cases.one_step(model, twa, 0)
-    before, said = everything(model), ""
+    before, messages = everything(model), ""
     try:
         with twa.weights("last"):
             models.loss(model, models.part(models.batch(77), rank, size))
             if rank == size - 1:
                 raise Alone("no more disk space for predictions")
     except (Alone, RuntimeError) as error:
-        said = str(error)
+        messages = str(error)
     after = everything(model)
     cases.one_step(model, twa, 1)
-    return said, before, after
+    return messages, before, after
 
 
 @pytest.mark.parametrize(
     ("engine", "size"), [("fsdp2", 2), ("ddp", 3), ("fsdp1", 2), ("zero3", 2), ("plain", 2), ("hsdp", 4)]
 )
 def test_an_error_at_the_end_of_the_block_is_that_of_all_ranks(ranks: Pool, engine: str, size: int) -> None:
-    for said, before, after in ranks(fail_at_the_end, size, engine=engine):
-        assert "no more disk space for predictions" in said
+    for messages, before, after in ranks(fail_at_the_end, size, engine=engine):
+        assert "no more disk space for predictions" in messages
         for name, value in before.items():
             assert torch.equal(after[name], value), name
 
@@ -203,7 +203,7 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
     set_collective_timeout(4.0)
-    said = ""
+    messages = ""
     start = time.perf_counter()
     try:
         with twa.weights("last"):
@@ -211,12 +211,12 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
                 raise Alone("cannot decode picture 17")
             models.loss(model, models.part(models.batch(77), rank, size))
     except (Alone, RankError) as error:
-        said = f"{type(error).__name__}: {error}"
+        messages = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     uses = {"step": twa.step, "export": lambda: twa.export("never-written"), "zero_grad": twa.zero_grad}
     refused = [cases.complaint(use) for use in uses.values()]
     twa.close()
-    return said, refused, seconds
+    return messages, refused, seconds
 
 
 @pytest.mark.skipif(OLD, reason="torch 2.6 does not change the time limit of a gloo group that exists")
@@ -239,13 +239,13 @@ def show_different() -> tuple[str, bool]:
         with twa.weights(which):
             raise AssertionError
 
-    said = cases.complaint(look)
-    return said, all(torch.equal(value, before[name]) for name, value in everything(model).items())
+    messages = cases.complaint(look)
+    return messages, all(torch.equal(value, before[name]) for name, value in everything(model).items())
 
 
 def test_ranks_that_show_different_weights_are_refused(ranks: Pool) -> None:
-    (said, kept), other = ranks(show_different, 2)
-    assert (said, kept) == other and kept and "weights(which): rank 1 has 'last'" in said
+    (messages, kept), other = ranks(show_different, 2)
+    assert (messages, kept) == other and kept and "weights(which): rank 1 has 'last'" in messages
 
 
 def test_what_is_refused_inside_or_belongs_to_the_trained_weights() -> None:

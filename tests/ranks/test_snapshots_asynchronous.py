@@ -88,18 +88,18 @@ def meaning_of_signals(directory: Path) -> list[bool]:
     def default() -> bool:
         return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
-    found = [default()]
+    actual = [default()]
     with gate() as event, Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
         snapshots.step(model, 1)
-        found.append(default())
+        actual.append(default())
         event.set()
-    found.append(default())
+    actual.append(default())
     with (
-        mock.patch.object(Writer, "write", lambda *_, **__: found.append(default())),
+        mock.patch.object(Writer, "write", lambda *_, **__: actual.append(default())),
         contextlib.suppress(AssertionError),
     ):
         Snapshots(directory, every_n_steps=1).save(model, 2)
-    return found[:4]
+    return actual[:4]
 
 
 def test_signals_are_handled_in_writes_of_the_main_thread_only(ranks: Pool, tmp_path: Path) -> None:
@@ -113,12 +113,12 @@ def test_snapshot_holds_the_weights_of_its_step(ranks: Pool, tmp_path: Path, eng
     (candidate,) = open_candidates(str(tmp_path / "step-*"), minimum=1)
     assert os.listdir(tmp_path) == ["step-00000001"]  # noqa: PTH208
     assert left(tmp_path / "step-00000001") == ["model.safetensors", "twa_scale.json"]
-    found = load_file(tmp_path / "step-00000001/model.safetensors")
-    assert {*own} <= {*found} == {*candidate.names()}
+    actual = load_file(tmp_path / "step-00000001/model.safetensors")
+    assert {*own} <= {*actual} == {*candidate.names()}
     for name, value in own.items():
-        assert torch.equal(found[name], value), name
-    assert not torch.equal(found["blocks.0.qkv.weight"], later["blocks.0.qkv.weight"])
-    assert found["stem.norm.num_batches_tracked"] == 1
+        assert torch.equal(actual[name], value), name
+    assert not torch.equal(actual["blocks.0.qkv.weight"], later["blocks.0.qkv.weight"])
+    assert actual["stem.norm.num_batches_tracked"] == 1
 
 
 def take_many(directory: Path, dtype: torch.dtype | None) -> list[str]:
@@ -148,7 +148,7 @@ def take_many(directory: Path, dtype: torch.dtype | None) -> list[str]:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_one_snapshot_is_written_at_a_time(ranks: Pool, tmp_path: Path, dtype: torch.dtype | None) -> None:
     records = ranks(take_many, 2, directory=tmp_path, dtype=dtype)
-    assert all(any("step 4 waits" in message for message in said) for said in records)
+    assert all(any("step 4 waits" in message for message in messages) for messages in records)
     assert sorted(os.listdir(tmp_path)) == ["step-00000004", "step-00000006"]  # noqa: PTH208
     assert (tmp_path / "step-00000006/config.json").read_bytes() == b"{}"
     for candidate in open_candidates(str(tmp_path / "step-*")):
@@ -160,7 +160,7 @@ def test_one_snapshot_is_written_at_a_time(ranks: Pool, tmp_path: Path, dtype: t
                 assert torch.equal(out, wanted.reshape(-1)), name
 
 
-def fail_on_one_rank(directory: Path, failing: int, how: str) -> None:
+def fail_on_one_rank(directory: Path, failing: int, mode: str) -> None:
     """A limit on file sizes is hit by one rank, in its thread; the next call says so, and one more works again."""
     model = models.wrap(models.build(0, (1,)), "fsdp2")
     snapshots = Snapshots(directory, every_n_steps=1, asynchronous=True)
@@ -171,7 +171,7 @@ def fail_on_one_rank(directory: Path, failing: int, how: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         event.set()
         try:
-            if how == "wait":
+            if mode == "wait":
                 snapshots.wait()
             else:
                 snapshots.step(model, 2)
@@ -186,9 +186,9 @@ def fail_on_one_rank(directory: Path, failing: int, how: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "failing"), [(1, 0), (2, 0), (2, 1), (3, 1)])
-@pytest.mark.parametrize("how", ["wait", "step"])
-def test_error_of_one_rank_is_raised_on_all(ranks: Pool, tmp_path: Path, size: int, failing: int, how: str) -> None:
-    error = ranks.error(fail_on_one_rank, size, directory=tmp_path, failing=failing, how=how)
+@pytest.mark.parametrize("mode", ["wait", "step"])
+def test_error_of_one_rank_is_raised_on_all(ranks: Pool, tmp_path: Path, size: int, failing: int, mode: str) -> None:
+    error = ranks.error(fail_on_one_rank, size, directory=tmp_path, failing=failing, mode=mode)
     assert isinstance(error, OutputError)
     assert "step-00000001: could not be written: File too large" in str(error) and "ulimit -f" in str(error)
 
@@ -199,10 +199,10 @@ def leave_by_an_error(directory: Path) -> list[str]:
         with pytest.raises(ZeroDivisionError), Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
             snapshots.step(model, 1)
             raise ZeroDivisionError  # on all ranks here, but a rank cannot know that
-        held = visible(directory)
+        stored = visible(directory)
         event.set()
     snapshots.wait()
-    return held
+    return stored
 
 
 def test_exit_after_an_error_does_not_wait(ranks: Pool, tmp_path: Path) -> None:
@@ -231,8 +231,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, lis
 def test_program_that_ends_early_leaves_a_complete_candidate(ended: dict[str, tuple[Path, list[int]]]) -> None:
     directory, codes = ended["leave"]
     assert codes == [0, 0] and os.listdir(directory) == ["step-00000001"]  # noqa: PTH208
-    found = load_file(directory / "step-00000001/model.safetensors")
-    assert torch.equal(found["embed.weight"], models.build(0, (1,)).embed.weight)
+    actual = load_file(directory / "step-00000001/model.safetensors")
+    assert torch.equal(actual["embed.weight"], models.build(0, (1,)).embed.weight)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -109,9 +109,9 @@ def test_the_same_ranks_continue_bit_for_bit(
 ) -> None:
     directory = tmp_path if name == "rows" else None
     resumed = chain(ranks, CONFIGS[name], [(engine, size, 3), (engine, size, NUM_STEPS - 3)], directory)
-    for (weights, a, state, _), (want, want_a, *_) in zip(resumed, straight(engine, size, name), strict=True):
+    for (weights, a, state, _), (expected, want_a, *_) in zip(resumed, straight(engine, size, name), strict=True):
         assert torch.equal(a, want_a)
-        assert all(torch.equal(weights[tensor], value) for tensor, value in want.items())
+        assert all(torch.equal(weights[tensor], value) for tensor, value in expected.items())
         assert len(state) < 64_000, "the state of a run is kilobytes"
 
 
@@ -134,9 +134,9 @@ QUICK = dict(
 def test_other_ranks_and_engines_continue_the_trajectory(
     ranks: Pool, straight: Callable[..., Any], tmp_path: Path, parts: str, name: str
 ) -> None:
-    want = straight("plain", 1, name)[0][0]
+    expected = straight("plain", 1, name)[0][0]
     for weights, *_ in chain(ranks, CONFIGS[name], PARTS[parts], tmp_path if name == "rows" else None):
-        for tensor, value in want.items():
+        for tensor, value in expected.items():
             assert (weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
 
 
@@ -204,10 +204,10 @@ def test_the_same_candidates_elsewhere_are_the_same(ranks: Pool, tmp_path: Path)
     """What counts is what they hold, not where they lie."""
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
-    here, there = (save(tmp_path / name, models.candidates()) for name in ("here", "there"))
+    first_directory, second_directory = (save(tmp_path / name, models.candidates()) for name in ("here", "there"))
     options: dict[str, Any] = {"engine": "fsdp2", "config": {}}
-    state = ranks(go_on, 2, **options, first=0, last=2, state=None, paths=here)[0][2]
-    ranks(go_on, 2, **options, first=2, last=3, state=state, paths=there)
+    state = ranks(go_on, 2, **options, first=0, last=2, state=None, paths=first_directory)[0][2]
+    ranks(go_on, 2, **options, first=2, last=3, state=state, paths=second_directory)
 
 
 def load_different_states() -> tuple[str, bool]:
@@ -217,8 +217,8 @@ def load_different_states() -> tuple[str, bool]:
         cases.one_step(model, twa, step)
         states.append(twa.state_dict())
     before = twa.coefficients
-    said = cases.complaint(lambda: twa.load_state_dict(states[cases.where()[0]]))
-    return said, torch.equal(twa.coefficients, before)
+    messages = cases.complaint(lambda: twa.load_state_dict(states[cases.where()[0]]))
+    return messages, torch.equal(twa.coefficients, before)
 
 
 def test_ranks_that_load_different_states_are_refused(ranks: Pool) -> None:
@@ -235,10 +235,10 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in given:
+            if storage.data_ptr() not in inputs:
                 self.largest = max(self.largest, storage.nbytes())
         return out
 
@@ -259,7 +259,7 @@ def allocations_of_rows(directory: Path) -> dict[str, int]:
     twa = twa_scale.attach(model, states, {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.1}})
     model(torch.ones(1, 4)).square().sum().backward()
     twa.step()
-    found = {"rows of this rank": twa.held().rows.nbytes}  # type: ignore[union-attr]
+    actual = {"rows of this rank": twa.held().rows.nbytes}  # type: ignore[union-attr]
     written: list[int] = []
     write = OpenFile.write
 
@@ -274,7 +274,7 @@ def allocations_of_rows(directory: Path) -> dict[str, int]:
             twa.load_state_dict(state, directory)
     with Allocations() as whole:
         twa.state_dict()
-    return found | {
+    return actual | {
         "saving": saving.largest,
         "loading": loading.largest,
         "whole": whole.largest,
@@ -286,12 +286,12 @@ def allocations_of_rows(directory: Path) -> dict[str, int]:
 def test_a_save_takes_the_memory_of_a_buffer_and_a_load_that_of_the_own_rows(ranks: Pool, tmp_path: Path) -> None:
     """Whatever other ranks hold; the state with all rows on every rank takes the memory of all."""
     of_all = 4 * 3 * MANY
-    for found in ranks(allocations_of_rows, 3, directory=tmp_path):
-        own = found["rows of this rank"]
-        assert own == of_all // 3 and found["saving"] <= PIECE
-        assert found["loading"] == 2 * own, "the weights of rows, in float64, as in a step"
-        assert found["whole"] == of_all
-        assert found["written"] == 3 * own and found["largest write"] <= PIECE, "y and two moments"
+    for actual in ranks(allocations_of_rows, 3, directory=tmp_path):
+        own = actual["rows of this rank"]
+        assert own == of_all // 3 and actual["saving"] <= PIECE
+        assert actual["loading"] == 2 * own, "the weights of rows, in float64, as in a step"
+        assert actual["whole"] == of_all
+        assert actual["written"] == 3 * own and actual["largest write"] <= PIECE, "y and two moments"
 
 
 class Trainer:
@@ -337,7 +337,7 @@ def load_where_one_rank_differs(directory: Path) -> list[str]:
 def test_rows_that_one_rank_sees_otherwise_are_refused_on_all(ranks: Pool, tmp_path: Path) -> None:
     first, second = ranks(load_where_one_rank_differs, 2, directory=tmp_path)
     assert first == second
-    for said, wanted in zip(
+    for messages, wanted in zip(
         first,
         (
             "All ranks have to see the same file",
@@ -347,4 +347,4 @@ def test_rows_that_one_rank_sees_otherwise_are_refused_on_all(ranks: Pool, tmp_p
         ),
         strict=True,
     ):
-        assert wanted in said
+        assert wanted in messages

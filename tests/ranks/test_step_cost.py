@@ -38,18 +38,18 @@ def asked_per_step(combine: str) -> tuple[list[int], int]:
     engine = counting(FSDP2Engine, model) if combine == "forward" else counting(PlainEngine, model, Group.alone())
     twa = twa_scale.attach(engine, models.candidates(), {"combine": combine})
     cases.one_step(model, twa, 0)
-    found = []
+    actual = []
     for step in range(1, 4):
         before = engine.asked
         cases.one_step(model, twa, step)
-        found.append(engine.asked - before)
-    return found, len(twa.layout.group_of)
+        actual.append(engine.asked - before)
+    return actual, len(twa.layout.group_of)
 
 
 @pytest.mark.parametrize("combine", ["step", "forward"])
 def test_each_parameter_is_asked_about_before_and_after_a_write(ranks: Pool, combine: str) -> None:
-    ((found, trained),) = ranks(asked_per_step, 1, combine=combine)
-    assert found == [2 * trained] * 3
+    ((actual, trained),) = ranks(asked_per_step, 1, combine=combine)
+    assert actual == [2 * trained] * 3
 
 
 def large(scale: float) -> tuple[nn.Module, Any, Any]:

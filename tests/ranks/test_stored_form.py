@@ -82,6 +82,6 @@ def test_each_byte_is_read_once_and_written_where_it_was(
     total = 2 * sum(value.nbytes for value in first.values())
     assert sum(ranks(average, size, name=name, engine=engine, paths=paths, out=tmp_path / "out")) == total
     for written in ("export", "step-00000001"):
-        found = load_file(tmp_path / "out" / written / "model.safetensors")
-        assert found.keys() == first.keys()
-        assert not [key for key, value in first.items() if not torch.equal(found[key], value)], written
+        actual = load_file(tmp_path / "out" / written / "model.safetensors")
+        assert actual.keys() == first.keys()
+        assert not [key for key, value in first.items() if not torch.equal(actual[key], value)], written

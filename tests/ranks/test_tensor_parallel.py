@@ -36,9 +36,9 @@ def held(engine: str) -> tuple[int, list[Span], list[str]]:
     """Return the pod and the spans of this rank, and the names of spans with wrong values."""
     model = models.wrap(models.build(), engine)
     whole = {name: value.flatten() for name, value in cases.gathered(model).items()}
-    held = choose_engine(model)
-    wrong = [s.name for s in held.spans() if not torch.equal(held.live(s), whole[s.name][elements(s)])]
-    return held.replica_group.rank, held.spans(), wrong
+    stored = choose_engine(model)
+    wrong = [s.name for s in stored.spans() if not torch.equal(stored.live(s), whole[s.name][elements(s)])]
+    return stored.replica_group.rank, stored.spans(), wrong
 
 
 @pytest.mark.parametrize(("engine", "size"), PLACES)

@@ -157,11 +157,11 @@ def loss_of_the_last(change: str, rank: int, size: int) -> float:
 def test_changes_of_the_model_do_not_change_results(ranks: Pool, engine: str, change: str) -> None:
     size = ENGINES[engine]
     data = meshes.data_ranks(engine, size)
-    want = expected(change, data, (1,) if engine in zero.ENGINES else ()).weights[-1]
+    target = expected(change, data, (1,) if engine in zero.ENGINES else ()).weights[-1]
     results = ranks(train, size, engine=engine, change=change)
     for rank, (weights, a, last) in enumerate(results):
-        assert weights.keys() == want.keys()
-        for name, value in want.items():
+        assert weights.keys() == target.keys()
+        for name, value in target.items():
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
         assert torch.equal(a, results[0][1])
         assert abs(last - loss_of_the_last(change, rank % data, data)) <= 1e-5, "the graph has not seen other weights"
@@ -197,18 +197,18 @@ def test_wrapper_around_a_compiled_model_is_kept(ranks: Pool, engine: str) -> No
 
 @pytest.mark.slow
 def test_compiled_model_uses_the_written_weights(ranks: Pool) -> None:
-    want = expected("nothing", 2, ()).weights[-1]
+    target = expected("nothing", 2, ()).weights[-1]
     for weights, _, _ in ranks(train, 2, engine="fsdp2", change="inductor", timeout=200):
-        for name, value in want.items():
+        for name, value in target.items():
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
 
 
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "fsdp1", "sharded-ddp"])
 def test_bfloat16_computation_keeps_float32_weights(ranks: Pool, engine: str) -> None:
     size = ENGINES[engine]
-    want = expected("nothing", size, ()).weights[-1]
+    target = expected("nothing", size, ()).weights[-1]
     for weights, _, _ in ranks(train, size, engine=engine, change="autocast"):
-        for name, value in want.items():
+        for name, value in target.items():
             assert weights[name].dtype == torch.float32
             assert (weights[name].double() - value).norm() <= 3e-2 * value.norm(), name
 
@@ -266,11 +266,11 @@ def test_scaled_losses_train_alike_and_an_overflow_is_left_out(
 ) -> None:
     """This includes clipping, which has to come after unscaling."""
     size = ENGINES[engine]
-    want, a = not_scaled(engine)
+    target, a = not_scaled(engine)
     for weights, coefficients, moved, scales in ranks(scale, size, engine=engine, scaler=scaler):
         assert moved == [True, False, True, True] and scales == [1024, 512, 512, 512]
         torch.testing.assert_close(coefficients, a, rtol=1e-5, atol=1e-6)
-        for name, value in want.items():
+        for name, value in target.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
 

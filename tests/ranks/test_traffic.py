@@ -41,18 +41,18 @@ def step(engine: str, store: str) -> tuple[list[Call], int]:
     traffic.count_from_here(store)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pods", "ranks"))
     net = model()
-    held: nn.Module = net
+    stored: nn.Module = net
     if engine == "fsdp2":
         for block in net.blocks:
             fully_shard(block, mesh=mesh["ranks"])
         fully_shard(net, mesh=mesh["ranks"])
     else:
-        held = DistributedDataParallel(net, process_group=mesh.get_group("ranks"))
+        stored = DistributedDataParallel(net, process_group=mesh.get_group("ranks"))
     states = [{name: value + 0.01 * i for name, value in model().state_dict().items()} for i in range(N)]
-    twa = twa_scale.attach(held, states, {"groups": "block"}, replica_group=mesh.get_group("pods"))
+    twa = twa_scale.attach(stored, states, {"groups": "block"}, replica_group=mesh.get_group("pods"))
     for _ in range(3):
         traffic.calls.clear()
-        held(torch.randint(256, (2, CONTEXT))).square().mean().backward()
+        stored(torch.randint(256, (2, CONTEXT))).square().mean().backward()
         twa.step()
         twa.zero_grad()
     return list(traffic.calls), len(twa.layout.groups)
@@ -65,22 +65,22 @@ def test_only_coefficient_gradients_travel_between_pods(ranks: Pool, tmp_path: P
     blocks = 4 * sum(p.numel() for p in model().blocks.parameters())
     for rank, (calls, groups) in enumerate(results):
         numbers = 8 * (N + 1) * groups
-        outside = [call for call in calls if not call.stays_in(*PODS)]
-        assert outside == ([Call("allreduce", (0, 2), numbers)] if rank in (0, 2) else [])
-        inside: dict[str, list[int]] = {}
+        outer = [call for call in calls if not call.stays_in(*PODS)]
+        assert outer == ([Call("allreduce", (0, 2), numbers)] if rank in (0, 2) else [])
+        inner: dict[str, list[int]] = {}
         for call in calls:
             if call.stays_in(*PODS):
-                inside.setdefault(call.name, []).append(call.nbytes)
-        gathered = sum(inside.pop("all_gather_single"))
-        reduced = inside.pop("allreduce")
-        assert reduced.pop() == numbers and inside.pop("broadcast") == [numbers]  # the pod's sum, and that of all
+                inner.setdefault(call.name, []).append(call.nbytes)
+        gathered = sum(inner.pop("all_gather_single"))
+        reduced = inner.pop("allreduce")
+        assert reduced.pop() == numbers and inner.pop("broadcast") == [numbers]  # the pod's sum, and that of all
         if engine == "fsdp2":
-            assert sum(inside.pop("reduce_scatter_single")) == weights
+            assert sum(inner.pop("reduce_scatter_single")) == weights
             assert gathered == weights + blocks  # blocks in forward and in backward; the root stays in between
             assert not reduced
         else:
             assert sum(reduced) == weights and gathered == weights
-        assert not inside
+        assert not inner
 
 
 def step_of_a_run(data: dict[str, Any], store: str) -> list[Call]:
@@ -108,10 +108,10 @@ def test_a_run_sends_what_plan_says(ranks: Pool, tmp_path: Path, engine: str, ro
     plan = make_plan(validated(RunConfig, data), 4)
     results = ranks(step_of_a_run, 4, data=data, store=str(tmp_path / "store"))
     for rank, calls in enumerate(results):
-        outside = [call for call in calls if not call.stays_in(*PODS)]
+        outer = [call for call in calls if not call.stays_in(*PODS)]
         assert sum(call.sent for call in calls if call.stays_in(*PODS)) == sum(plan.wire.values())
         between = dict(plan.wire_between_pods)
         of_rows = between.pop("corrections of rows, from every rank", 0)
-        assert sum(call.sent for call in outside) == of_rows + (sum(between.values()) if rank in (0, 2) else 0)
+        assert sum(call.sent for call in outer) == of_rows + (sum(between.values()) if rank in (0, 2) else 0)
         assert list(between.values()) == [8 * (plan.num_candidates + 1) * plan.num_groups, 16, *[16] * bool(rows)]
         assert bool(of_rows) == bool(rows)

@@ -32,10 +32,10 @@ def train(engine: str, accumulate: int = 1, **config: Any) -> dict[str, Tensor]:
 
 
 def require_equal(results: list[dict[str, Tensor]], engine: str, size: int, accumulate: int = 1) -> None:
-    want = expected(meshes.data_ranks(engine, size), accumulate, (1,) if engine in zero.ENGINES else ())
-    assert min(want.norms) < NORM < max(want.norms), "some steps are clipped, and some are not"
+    target = expected(meshes.data_ranks(engine, size), accumulate, (1,) if engine in zero.ENGINES else ())
+    assert min(target.norms) < NORM < max(target.norms), "some steps are clipped, and some are not"
     for weights in results:
-        for name, value in want.weights[-1].items():
+        for name, value in target.weights[-1].items():
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
 
 
@@ -83,6 +83,6 @@ def test_a_scaled_gradient_is_clipped_by_its_own_norm() -> None:
             scaler.update()
         return cases.gathered(model)
 
-    want = weights(scaling=False)
+    target = weights(scaling=False)
     for name, value in weights(scaling=True).items():
-        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, target[name], rtol=1e-5, atol=1e-6)

@@ -45,13 +45,13 @@ def layout(engine: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the spans of this rank, and whether their float32 memory equals that of DeepSpeed."""
     model = zero.wrap(judged(), engine, **options)
     whole = zero.whole(model)
-    found = choose_engine(model)
+    actual = choose_engine(model)
     agree = all(
-        torch.equal(found.live(s).to(whole[s.name].dtype), whole[s.name].reshape(-1)[s.start : s.stop])
-        for s in found.spans()
+        torch.equal(actual.live(s).to(whole[s.name].dtype), whole[s.name].reshape(-1)[s.start : s.stop])
+        for s in actual.spans()
     )
-    shapes = {name: info.shape for name, info in found.parameters.items()}
-    return {"spans": [(s.name, s.start, s.stop) for s in found.spans()], "agree": agree, "shapes": shapes}
+    shapes = {name: info.shape for name, info in actual.parameters.items()}
+    return {"spans": [(s.name, s.start, s.stop) for s in actual.spans()], "agree": agree, "shapes": shapes}
 
 
 @pytest.mark.parametrize("engine", zero.ENGINES)
@@ -79,12 +79,12 @@ def shown(engine: str, options: dict[str, Any]) -> list[dict[str, Tensor]]:
     twa = twa_scale.attach(model, states(), RUN.config)
     for step in range(3):  # ZeRO-3 learns the order of the modules, and then keeps parameters over a forward pass
         cases.one_step(model, twa, step)
-    found = [zero.whole(model), outputs(model)]
+    actual = [zero.whole(model), outputs(model)]
     for which in ("first", "last"):
         with twa.weights(which):
-            found += [zero.whole(model), outputs(model)]
+            actual += [zero.whole(model), outputs(model)]
     cases.one_step(model, twa, 3)
-    return [*found, zero.whole(model), outputs(model)]
+    return [*actual, zero.whole(model), outputs(model)]
 
 
 def outputs(model: Any) -> dict[str, Tensor]:
@@ -104,20 +104,20 @@ def outputs(model: Any) -> dict[str, Tensor]:
 )
 def test_all_ranks_use_the_written_weights(ranks: Pool, engine: str, threshold: int) -> None:
     options: dict[str, Any] = {"zero": {"stage3_param_persistence_threshold": threshold}}
-    for found in ranks(shown, 2, engine=engine, options=options):
+    for actual in ranks(shown, 2, engine=engine, options=options):
         plain = judged()
         plain.eval()
-        for weights, output in zip(found[::2], found[1::2], strict=True):
-            want = output.pop("logits")
+        for weights, output in zip(actual[::2], actual[1::2], strict=True):
+            expected = output.pop("logits")
             plain.load_state_dict({**weights, "head.weight": weights["embed.weight"], **output})
             output["logits"] = plain(models.batch(7)["image"], models.batch(7)["text"])
-            torch.testing.assert_close(output["logits"], want, rtol=1e-5, atol=1e-5)
-        for which, weights in zip((0, -1), (found[2], found[4]), strict=True):
+            torch.testing.assert_close(output["logits"], expected, rtol=1e-5, atol=1e-5)
+        for which, weights in zip((0, -1), (actual[2], actual[4]), strict=True):
             for name, value in weights.items():
                 if name != models.FROZEN:
                     torch.testing.assert_close(value, states()[which][name], rtol=2e-6, atol=1e-6)
-        assert not torch.equal(found[3]["logits"], found[5]["logits"])
-        assert not torch.equal(found[1]["logits"], found[7]["logits"])
+        assert not torch.equal(actual[3]["logits"], actual[5]["logits"])
+        assert not torch.equal(actual[1]["logits"], actual[7]["logits"])
 
 
 def masters(engine: str) -> tuple[bool, bool]:
@@ -126,11 +126,11 @@ def masters(engine: str) -> tuple[bool, bool]:
     twa = twa_scale.attach(model, states(), RUN.config)
     cases.one_step(model, twa, 0)
     whole = zero.whole(model)
-    found = choose_engine(model)
-    trained = [s for s in found.spans() if found.parameters[s.name].trainable and len(s)]
-    rounded = all(torch.equal(found.live(s).bfloat16(), whole[s.name].reshape(-1)[s.start : s.stop]) for s in trained)
-    finer = any(not torch.equal(found.live(s), found.live(s).bfloat16().float()) for s in trained)
-    return rounded, finer and all(found.live(s).dtype == torch.float32 for s in trained)
+    actual = choose_engine(model)
+    trained = [s for s in actual.spans() if actual.parameters[s.name].trainable and len(s)]
+    rounded = all(torch.equal(actual.live(s).bfloat16(), whole[s.name].reshape(-1)[s.start : s.stop]) for s in trained)
+    finer = any(not torch.equal(actual.live(s), actual.live(s).bfloat16().float()) for s in trained)
+    return rounded, finer and all(actual.live(s).dtype == torch.float32 for s in trained)
 
 
 @pytest.mark.parametrize("engine", zero.ENGINES)
@@ -194,10 +194,10 @@ class StemOnly(nn.Module):
 def switch(engine: str, parts: list[bool]) -> Tensor:
     """Make steps of which some use only the stem. Return the coefficients, with one column per tensor."""
     model: Any = StemOnly()
-    held = [{f"inner.{name}": value for name, value in state.items()} for state in states()]
+    stored = [{f"inner.{name}": value for name, value in state.items()} for state in states()]
     if engine in zero.ENGINES:
         model = zero.wrap(model, engine)
-    twa = twa_scale.attach(model, held, {"groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.1}})
+    twa = twa_scale.attach(model, stored, {"groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.1}})
     for step, part in enumerate(parts):
         data = models.part(models.batch(step), *cases.where())
         loss = model(data["image"], data["text"], part)
@@ -210,9 +210,9 @@ def switch(engine: str, parts: list[bool]) -> Tensor:
 @pytest.mark.parametrize("engine", zero.ENGINES)
 def test_unused_parameter_has_no_stale_gradient(ranks: Pool, engine: str) -> None:
     parts = [False, True, True, False]
-    want = ranks(switch, 2, engine="plain", parts=parts)[0]
+    expected = ranks(switch, 2, engine="plain", parts=parts)[0]
     for a in ranks(switch, 2, engine=engine, parts=parts):
-        torch.testing.assert_close(a, want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-6)
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -273,10 +273,10 @@ def snapshots(engine: str, directory: Path) -> dict[str, Tensor]:
 def test_snapshots_of_a_run_with_adam_hold_the_float32_masters(ranks: Pool, tmp_path: Path, engine: str) -> None:
     whole = ranks(snapshots, 2, engine=engine, directory=tmp_path)[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
-    held = load_file(tmp_path / "step-00000004" / "model.safetensors")
+    stored = load_file(tmp_path / "step-00000004" / "model.safetensors")
     for name, value in whole.items():
-        assert torch.equal(held[name].bfloat16(), value), name
-    assert held["embed.weight"].dtype == torch.float32
+        assert torch.equal(stored[name].bfloat16(), value), name
+    assert stored["embed.weight"].dtype == torch.float32
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def attach_with(engine: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "options", "said"),
+    ("engine", "options", "message"),
     [
         ("zero0", {}, "stage"),
         ("zero1", {"bf16": True, "data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype"),
@@ -298,9 +298,9 @@ def attach_with(engine: str, options: dict[str, Any]) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unsupported_settings_are_refused(ranks: Pool, engine: str, options: dict[str, Any], said: str) -> None:
+def test_unsupported_settings_are_refused(ranks: Pool, engine: str, options: dict[str, Any], message: str) -> None:
     error = ranks.error(attach_with, 2, engine=engine, options=options)
-    assert isinstance(error, EngineError) and said in str(error), error
+    assert isinstance(error, EngineError) and message in str(error), error
 
 
 def misuse(engine: str) -> list[str]:
@@ -308,21 +308,21 @@ def misuse(engine: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         twa = twa_scale.attach(model, states(), RUN.config)
-    said = [str(w.message) for w in caught if "gradient_clipping" in str(w.message)]
+    messages = [str(w.message) for w in caught if "gradient_clipping" in str(w.message)]
     for act in (lambda: attach_again(model), twa.step, lambda: step_too(model, twa), lambda: twice(model, twa)):
         try:
             act()
         except EngineError as error:
-            said.append(str(error))
+            messages.append(str(error))
         else:
-            said.append("")
+            messages.append("")
         twa.zero_grad()
     cases.one_step(model, twa, 0)
     try:
         twa_scale.attach(model.module, states())
     except EngineError as error:
-        said.append(str(error))
-    return said
+        messages.append(str(error))
+    return messages
 
 
 def attach_again(model: Any) -> None:
@@ -347,8 +347,8 @@ def test_misuse_is_refused(ranks: Pool, engine: str) -> None:
     results = ranks(misuse, 2, engine=engine)
     clipping, *same = results[0]
     assert "max_grad_norm" in clipping and results[1] == same
-    again, without, stepped, undeclared = same[:4]
-    assert "close()" in again
+    repeated, without, stepped, undeclared = same[:4]
+    assert "close()" in repeated
     assert "engine.backward" in without and "engine.step" in stepped
     assert ("gradient_accumulation_steps" in undeclared) == (engine != "zero3")
     if engine == "zero3":

@@ -57,10 +57,10 @@ def test_packed4_takes_less_than_256_mib_beside_the_store(tmp_path: Path) -> Non
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments], check=True, capture_output=True, text=True, env=environment
     )
-    found = json.loads(done.stdout)
+    actual = json.loads(done.stdout)
     elements = LAYERS * WIDTH * WIDTH
-    assert 12 * elements < found["store"] < 13 * elements
-    extra = found["peak"] - found["store"]
-    print({key: f"{value / MIB:.0f} MiB" for key, value in {**found, "extra": extra}.items()})
+    assert 12 * elements < actual["store"] < 13 * elements
+    extra = actual["peak"] - actual["store"]
+    print({key: f"{value / MIB:.0f} MiB" for key, value in {**actual, "extra": extra}.items()})
     assert extra < scratch_bytes(N, WIDTH * WIDTH, 2) + 24 * MIB
-    assert found["loaded"] + extra < 256 * MIB
+    assert actual["loaded"] + extra < 256 * MIB

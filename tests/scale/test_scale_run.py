@@ -23,8 +23,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(scratch: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((scratch / "100m" / "results.json").read_text())
-    return found
+    actual: dict[str, Any] = json.loads((scratch / "100m" / "results.json").read_text())
+    return actual
 
 
 @pytest.mark.slow
@@ -42,11 +42,11 @@ class TestScaleRun:
         assert results["candidate_bytes"] == 2 * results["parameters"]
 
     def test_exported_is_the_merge_but_for_the_rounding_of_4_bits(self, results: dict[str, Any]) -> None:
-        found = results["check"]
-        assert found["moved"] > 0.01  # else there would be nothing to see
-        assert abs(found["error"] / found["predicted"] - 1) < 0.05
-        assert found["error"] < 0.2 and found["cosine"] > 0.98
-        low, high = found["tensors"]
+        actual = results["check"]
+        assert actual["moved"] > 0.01  # else there would be nothing to see
+        assert abs(actual["error"] / actual["predicted"] - 1) < 0.05
+        assert actual["error"] < 0.2 and actual["cosine"] > 0.98
+        low, high = actual["tensors"]
         assert low > 0.8 and high < 1.2  # also of norms with a thousand elements
 
     def test_the_exact_merge_is_rounded_once(self, results: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("slow-link") / "results.json"
     subprocess.run([sys.executable, str(PROGRAM), "--steps=3", f"--json={out}"], check=True)
     assert namespaces() == before, "a namespace was left behind"
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    actual: dict[str, Any] = json.loads(out.read_text())
+    return actual
 
 
 @pytest.mark.slow

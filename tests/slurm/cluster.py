@@ -69,8 +69,8 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a person who works here; nothing of a job or launcher around us."""
-        mine = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "MUNGE_"))}
-        return mine | {"SLURM_CONF": str(self.configuration), "PATH": _path()}
+        local = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "MUNGE_"))}
+        return local | {"SLURM_CONF": str(self.configuration), "PATH": _path()}
 
     def call(
         self,
@@ -108,11 +108,11 @@ class Cluster:
             TimeoutError: there was none; with the last lines of all logs and what `said` returns.
         """
         deadline = time.monotonic() + timeout
-        while not (found := look()):
+        while not (actual := look()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not in {timeout:.0f} s\n{self._logs()}\n{said()}")
             time.sleep(0.1)
-        return found
+        return actual
 
     def close(self) -> None:
         """Kill everything: nothing here has a state to save."""
@@ -164,12 +164,12 @@ class Cluster:
     def _strays(self) -> list[int]:
         """Return the processes of jobs: they are no children of ours, but their environment names our configuration."""
         mark = f"SLURM_CONF={self.configuration}".encode()
-        found = []
+        actual = []
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended, or is not ours
                 if mark in (process / "environ").read_bytes().split(b"\0"):
-                    found.append(int(process.name))
-        return found
+                    actual.append(int(process.name))
+        return actual
 
 
 def missing_programs() -> list[str]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 
 from tests.commands import material
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.slurm.cluster import PACKAGES, Cluster, missing_programs
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +91,6 @@ def submit(slurm: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 @pytest.fixture(scope="session")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> Brought:
+def scores(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     directory = tmp_path_factory.mktemp("scores")
-    return Brought(material.SCORES, material.train_candidates(material.SCORES, directory))
+    return TrainedCandidates(material.SCORES, material.train_candidates(material.SCORES, directory))

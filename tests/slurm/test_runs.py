@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import TrainedCandidates
 from tests.commands.material import by_hand, load, run_here, settings, state_of
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ENDED, ROOT, SCRIPT, Job, with_python
@@ -27,7 +27,7 @@ DISTURBED = {
 }
 
 
-def write_config(scores: Brought, directory: Path, engine: str, seconds: float = 0.0) -> Path:
+def write_config(scores: TrainedCandidates, directory: Path, engine: str, seconds: float = 0.0) -> Path:
     """A run of many steps, each of which lasts `seconds` more in the first life of a job."""
     task = {"name": "tests.commands.interrupted:scores", "seconds": seconds}
     changes = {"steps": STEPS, "engine": engine, "evaluate_every": 10, "checkpoint_every": None}
@@ -39,20 +39,20 @@ def write_config(scores: Brought, directory: Path, engine: str, seconds: float =
 
 def steps_of(output: Path) -> list[int]:
     path = output / "metrics.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line["step"] for line in found if "lr" in line]
+    actual = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line["step"] for line in actual if "lr" in line]
 
 
 @pytest.fixture(scope="module")
-def whole(slurm: Cluster, scores: Brought, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def whole(slurm: Cluster, scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Submit an undisturbed run with an engine, once, and wait for its end; return what it wrote."""
     directory = tmp_path_factory.mktemp("whole")
 
     def output(engine: str) -> Path:
         if not (directory / engine).exists():
-            config, said = write_config(scores, directory, engine), directory / f"{engine}.log"
-            command = ("sbatch", "--parsable", "--output", said, SCRIPT, config)  # `--wait` looks every 32 seconds
-            job = Job(slurm, slurm.call(*command, cwd=ROOT, variables=with_python(slurm)), said)
+            config, result = write_config(scores, directory, engine), directory / f"{engine}.log"
+            command = ("sbatch", "--parsable", "--output", result, SCRIPT, config)  # `--wait` looks every 32 seconds
+            job = Job(slurm, slurm.call(*command, cwd=ROOT, variables=with_python(slurm)), result)
             facts = job.wait(timeout=300)
             assert facts["JobState"] == "COMPLETED", job.said()
             assert facts["NodeList"] == "n[1-2]" and facts["NumTasks"] == "2"
@@ -62,36 +62,38 @@ def whole(slurm: Cluster, scores: Brought, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_both_nodes_make_one_run(whole: Callable[[str], Path], scores: Brought, tmp_path: Path, engine: str) -> None:
+def test_both_nodes_make_one_run(
+    whole: Callable[[str], Path], scores: TrainedCandidates, tmp_path: Path, engine: str
+) -> None:
     output = whole(engine)
     assert json.loads((output / "summary.json").read_text())["ranks"] == 2
     assert steps_of(output) == list(range(1, STEPS + 1))
     run_here(yaml.safe_load(write_config(scores, tmp_path, "plain").read_text()))
-    exported, alone, sums = (
+    exported, single, sums = (
         load(output / "average"),
         load(tmp_path / "plain" / "average"),
         by_hand(scores.candidates, output),
     )
-    assert exported.keys() == alone.keys()
+    assert exported.keys() == single.keys()
     for name, value in exported.items():
-        for expected in (alone[name], sums[name]):
+        for expected in (single[name], sums[name]):
             assert float((value - expected).norm()) <= 1e-5 * float(expected.norm()), name
 
 
 @pytest.mark.parametrize(
-    ("engine", "how"),
-    [(engine, how) for engine in ENGINES for how in DISTURBED if engine == "fsdp2" or how == "signal"],
+    ("engine", "mode"),
+    [(engine, mode) for engine in ENGINES for mode in DISTURBED if engine == "fsdp2" or mode == "signal"],
 )
 def test_a_run_that_had_to_stop_ends_with_the_same_bits(
     slurm: Cluster,
     submit: Callable[..., Job],
     whole: Callable[[str], Path],
-    scores: Brought,
+    scores: TrainedCandidates,
     tmp_path: Path,
     engine: str,
-    how: str,
+    mode: str,
 ) -> None:
-    options, seconds, command = DISTURBED[how]
+    options, seconds, command = DISTURBED[mode]
     undisturbed, output = whole(engine), tmp_path / engine
     job = submit(write_config(scores, tmp_path, engine, seconds), options=options)
     job.until(lambda: len(steps_of(output)) >= 3 or job.facts["JobState"] in ENDED)
@@ -106,5 +108,7 @@ def test_a_run_that_had_to_stop_ends_with_the_same_bits(
     assert steps_of(output) == steps_of(undisturbed)
     for key in ("x", "coefficients"):
         assert torch.equal(state_of(output)["twa"][key], state_of(undisturbed)["twa"][key])
-    expected, found = load(undisturbed / "average"), load(output / "average")
-    assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+    expected, actual = load(undisturbed / "average"), load(output / "average")
+    assert expected.keys() == actual.keys() and all(
+        torch.equal(actual[name], value) for name, value in expected.items()
+    )

@@ -42,8 +42,8 @@ def test_what_was_stopped_goes_on(slurm: Cluster, start: Callable[..., Job], dea
     slurm.call("scancel", "--signal=USR1", "--batch", job.number)
     assert job.wait("COMPLETED")["Restarts"] == "1"
     words = "-m twa_scale run config.yaml groups=block center=[0.5, 0.5]"
-    told = {f"life {life} rank {rank}: {words}{' resume=true' * life}" for life in (0, 1) for rank in (0, 1)}
-    assert told <= set(job.said().splitlines()), job.said()
+    messages = {f"life {life} rank {rank}: {words}{' resume=true' * life}" for life in (0, 1) for rank in (0, 1)}
+    assert messages <= set(job.said().splitlines()), job.said()
 
 
 def test_what_is_cancelled_stays_cancelled(slurm: Cluster, start: Callable[..., Job]) -> None:

@@ -64,10 +64,10 @@ def data_bytes(paths: list[str]) -> int:
 def test_products_are_averaged_exactly(mixed: list[str], tmp_path: Path) -> None:
     average_fixed(mixed, tmp_path / "out", A, space="product")
     result = load(tmp_path / "out")
-    expected, found = dense(mixed, A), updates(result)
-    assert expected.keys() == found.keys() and len(found) == 3
+    expected, actual = dense(mixed, A), updates(result)
+    assert expected.keys() == actual.keys() and len(actual) == 3
     for name, update in expected.items():
-        torch.testing.assert_close(found[name], update, rtol=1e-6, atol=1e-6 * float(update.abs().max()))
+        torch.testing.assert_close(actual[name], update, rtol=1e-6, atol=1e-6 * float(update.abs().max()))
     norms = [
         load_file(f"{path}/adapter_model.safetensors")["base_model.model.transformer.ln_f.weight"] for path in mixed
     ]
@@ -81,7 +81,7 @@ def test_products_are_averaged_exactly(mixed: list[str], tmp_path: Path) -> None
 @pytest.mark.parametrize("rank", [None, 3])
 def test_products_of_stacked_experts(rank: int | None, tmp_path: Path) -> None:
     settings: list[dict[str, Any]] = [{"r": 2}, {"r": 3, "lora_alpha": 5}]
-    models = [adapters.experts(i, target_modules=["q_proj"], **one) for i, one in enumerate(settings)]
+    models = [adapters.experts(i, target_modules=["q_proj"], **first) for i, first in enumerate(settings)]
     paths = [save(model, tmp_path / f"{i}") for i, model in enumerate(models)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -110,15 +110,15 @@ def test_products_are_those_of_peft(alike: list[str], tmp_path: Path) -> None:
 
 
 def test_a_rank_truncates_as_numpy_does(mixed: list[str], tmp_path: Path) -> None:
-    with pytest.warns(TwaWarning, match="rank 5: the products differ") as said:
+    with pytest.warns(TwaWarning, match="rank 5: the products differ") as messages:
         average_fixed(mixed, tmp_path / "out", A, space="product", rank=5)
-    expected, found = dense(mixed, A), updates(load(tmp_path / "out"))
+    expected, actual = dense(mixed, A), updates(load(tmp_path / "out"))
     left_out = total = 0.0
     for name, update in expected.items():
         values = np.linalg.svd(update.numpy(), compute_uv=False)
-        assert float((found[name] - update).norm()) == pytest.approx(np.sqrt((values[5:] ** 2).sum()), rel=1e-5)
+        assert float((actual[name] - update).norm()) == pytest.approx(np.sqrt((values[5:] ** 2).sum()), rel=1e-5)
         left_out, total = left_out + (values[5:] ** 2).sum(), total + (values**2).sum()
-    assert f"by {np.sqrt(left_out / total):.3g} of its norm" in str(said[0].message)
+    assert f"by {np.sqrt(left_out / total):.3g} of its norm" in str(messages[0].message)
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 5
 
 
@@ -133,7 +133,7 @@ def test_bfloat16_adapters_stay_bfloat16(tmp_path: Path) -> None:
 def test_factors_take_other_scalings_into_account(tmp_path: Path) -> None:
     """The update of one candidate alone is that candidate's, whatever its scaling."""
     settings: list[dict[str, Any]] = [{"lora_alpha": 3, "use_rslora": True}, {"lora_bias": False}]
-    paths = [save(adapted(seed=i, **one), tmp_path / f"{i}") for i, one in enumerate(settings)]
+    paths = [save(adapted(seed=i, **first), tmp_path / f"{i}") for i, first in enumerate(settings)]
     average_fixed(paths, tmp_path / "out", [1.0, 0.0], space="factors")
     for name, update in updates(load(paths[0])).items():
         torch.testing.assert_close(updates(load(tmp_path / "out"))[name], update, rtol=1e-5, atol=1e-7)
@@ -142,9 +142,9 @@ def test_factors_take_other_scalings_into_account(tmp_path: Path) -> None:
 def test_factors_of_one_scaling_are_averaged_one_by_one(alike: list[str], tmp_path: Path) -> None:
     with pytest.warns(TwaWarning, match=r"A and B one by one.*--space product"):
         average_fixed(alike, tmp_path / "out", A)
-    held = [load_file(f"{path}/adapter_model.safetensors") for path in alike]
+    stored = [load_file(f"{path}/adapter_model.safetensors") for path in alike]
     for name, tensor in load_file(tmp_path / "out/adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, weighted(held, A)[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(tensor, weighted(stored, A)[name], rtol=1e-6, atol=1e-7)
 
 
 def test_slices_of_concatenated_factors(mixed: list[str]) -> None:
@@ -155,8 +155,8 @@ def test_slices_of_concatenated_factors(mixed: list[str]) -> None:
             numel = prod(candidate.shape(name))
             whole = torch.empty(numel, dtype=candidate.dtype(name))
             candidate.read(name, 0, whole)
-            cuts = sorted({0, numel, *torch.randint(numel, (9,), generator=torch.Generator().manual_seed(1)).tolist()})
-            for start, stop in [*pairwise(cuts), (cuts[1], cuts[-2])]:
+            parts = sorted({0, numel, *torch.randint(numel, (9,), generator=torch.Generator().manual_seed(1)).tolist()})
+            for start, stop in [*pairwise(parts), (parts[1], parts[-2])]:
                 part = torch.empty(stop - start, dtype=whole.dtype)
                 candidate.read(name, start, part)
                 assert torch.equal(part, whole[start:stop])
@@ -239,9 +239,9 @@ def test_attach_to_the_factors(alike: list[str], tmp_path: Path) -> None:
     assert not torch.equal(logits(model), logits(load(alike[-1])))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
     with twa.weights(A):
-        held = [load_file(f"{path}/adapter_model.safetensors") for path in alike]
+        stored = [load_file(f"{path}/adapter_model.safetensors") for path in alike]
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-            torch.testing.assert_close(tensor, weighted(held, A)[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(tensor, weighted(stored, A)[name], rtol=1e-5, atol=1e-6)
 
 
 def test_attach_to_the_products(mixed: list[str], tmp_path: Path) -> None:
@@ -375,16 +375,16 @@ def test_missing_tensors_keep_their_value_where_that_is_asked(tmp_path: Path) ->
 
 
 def test_inspect_compares_products(mixed: list[str]) -> None:
-    found = inspect(mixed, wanted=Wanted(space="product"))
+    actual = inspect(mixed, wanted=Wanted(space="product"))
     extra = [load_file(f"{path}/adapter_model.safetensors") for path in mixed]
     flat = []
     for path, tensors in zip(mixed, extra, strict=True):
         others = [t.double().flatten() for name, t in sorted(tensors.items()) if "lora_" not in name]
         flat.append(torch.cat([*(u.flatten() for u in updates(load(path)).values()), *others]))
-    assert found.norms == pytest.approx([float(w.norm()) for w in flat], rel=1e-6)
+    assert actual.norms == pytest.approx([float(w.norm()) for w in flat], rel=1e-6)
     mean = sum(flat) / 3
-    assert found.delta_norms == pytest.approx([float((w - mean).norm()) for w in flat], rel=1e-6)
-    assert found.distances[0, 2] == pytest.approx(float((flat[0] - flat[2]).norm()), rel=1e-6)
-    assert found.elements == [data_bytes([path]) // 4 for path in mixed]
-    assert found.adapters[::2] == ["LORA, rank 4, scaling 2", "LORA, rank 2 to 3, scaling 2.67 to 4"]
-    assert list(inspection_table(found).columns[-1].cells) == found.adapters
+    assert actual.delta_norms == pytest.approx([float((w - mean).norm()) for w in flat], rel=1e-6)
+    assert actual.distances[0, 2] == pytest.approx(float((flat[0] - flat[2]).norm()), rel=1e-6)
+    assert actual.elements == [data_bytes([path]) // 4 for path in mixed]
+    assert actual.adapters[::2] == ["LORA, rank 4, scaling 2", "LORA, rank 2 to 3, scaling 2.67 to 4"]
+    assert list(inspection_table(actual).columns[-1].cells) == actual.adapters

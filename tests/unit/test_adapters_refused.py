@@ -162,7 +162,7 @@ def test_products_with_one_b_are_not_the_same(alike: list[str], tmp_path: Path) 
     paths = [alike[0], str(tmp_path / "b")]
     average_fixed(paths, tmp_path / "start", space="product")
     model = load(tmp_path / "start", trainable=True)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         twa_scale.attach(model, paths, {"space": "product"})
-    assert not [str(one.message) for one in said if "is redundant" in str(one.message)]
+    assert not [str(item.message) for item in messages if "is redundant" in str(item.message)]

@@ -47,17 +47,17 @@ def built(architecture: Architecture, seed: int) -> transformers.PreTrainedModel
 
 def assert_same_files(written: Path, saved: Path, ties: Mapping[str, str]) -> None:
     """Check that a directory holds what `save_pretrained` has written: names, but for those that are tied, and bits."""
-    found, expected = (
+    actual, expected = (
         {ties.get(name, name): value for name, value in load_file(directory / "model.safetensors").items()}
         for directory in (written, saved)
     )
-    assert found.keys() == expected.keys()
-    assert not [name for name, value in expected.items() if not torch.equal(value, found[name])]
+    assert actual.keys() == expected.keys()
+    assert not [name for name, value in expected.items() if not torch.equal(value, actual[name])]
 
 
 def cases() -> list[object]:
-    marks = [() if one.common else (pytest.mark.grid,) for one in ARCHITECTURES]
-    return [pytest.param(one, marks=mark, id=one.model) for one, mark in zip(ARCHITECTURES, marks, strict=True)]
+    marks = [() if item.common else (pytest.mark.grid,) for item in ARCHITECTURES]
+    return [pytest.param(item, marks=mark, id=item.model) for item, mark in zip(ARCHITECTURES, marks, strict=True)]
 
 
 @pytest.mark.parametrize("architecture", cases())
@@ -86,8 +86,8 @@ def test_candidates_are_read_as_from_pretrained_reads_them_and_it_reads_the_expo
         assert_same_files(snapshot, paths[-1], getattr(model, "all_tied_weights_keys", {}))
         exported, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not any(report.values()), report
-        again = exported.state_dict()
-        wrong = [name for name in live if not torch.equal(live[name], again[name])]
+        repeated = exported.state_dict()
+        wrong = [name for name in live if not torch.equal(live[name], repeated[name])]
         assert not wrong, wrong
 
 
@@ -97,7 +97,7 @@ def test_candidates_are_read_as_from_pretrained_reads_them_and_it_reads_the_expo
 )
 @pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
 def test_a_run_is_exported_in_the_form_of_its_candidates(groups: str, group: str, tmp_path: Path) -> None:
-    (architecture,) = (one for one in ARCHITECTURES if one.model == "MixtralForCausalLM")
+    (architecture,) = (item for item in ARCHITECTURES if item.model == "MixtralForCausalLM")
     with quiet():
         paths = [tmp_path / f"step-{i}" for i in range(2)]
         for i, path in enumerate(paths):
@@ -138,7 +138,7 @@ class Twice(ConversionOps):
 def test_a_conversion_that_computes_is_refused_with_the_way_out(tmp_path: Path) -> None:
     rule = WeightConverter("half_norm.weight", "model.norm.weight", [Twice()])
     register_checkpoint_conversion_mapping("Doubled", [rule], overwrite=True)
-    (llama,) = (one for one in ARCHITECTURES if one.model == "LlamaForCausalLM")
+    (llama,) = (item for item in ARCHITECTURES if item.model == "LlamaForCausalLM")
     model = Doubled(transformers.LlamaConfig(**llama.settings))
     paths = [tmp_path / f"{i}.pt" for i in range(2)]
     for path in paths:
@@ -153,12 +153,12 @@ def test_the_documentation_lists_what_is_tried() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md").read_text()
     rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")][2:]
     assert [(kind.strip(), model.strip(" `")) for kind, model in rows] == [
-        (one.kind, one.model) for one in ARCHITECTURES
+        (item.kind, item.model) for item in ARCHITECTURES
     ]
 
 
 def test_what_was_learned_from_a_window_has_the_form_of_its_snapshots(tmp_path: Path) -> None:
-    (architecture,) = (one for one in ARCHITECTURES if one.model == "MixtralForCausalLM")
+    (architecture,) = (item for item in ARCHITECTURES if item.model == "MixtralForCausalLM")
     model = built(architecture, 0)
     running = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2})
     for _ in range(2):

@@ -265,8 +265,8 @@ def write_megatron(prefix: Path, dtype: str, code: int | None = None) -> None:
 def test_files_of_megatron(tmp_path: Path, dtype: str, code: int | None) -> None:
     """The codes of DeepSpeed, and Megatron-LM's 8 for uint16."""
     write_megatron(tmp_path / "corpus_text_document", dtype, code)
-    for given in ("corpus_text_document.bin", "corpus_text_document", "", "corpus*"):
-        options = {"tokens": {"train": str(tmp_path / given)}, "context": 3}
+    for inputs in ("corpus_text_document.bin", "corpus_text_document", "", "corpus*"):
+        options = {"tokens": {"train": str(tmp_path / inputs)}, "context": 3}
         data = causal_lm(**options).dataset("train")
         assert tokens_of(data) == [[1, 2, 3, 4], [5, 6, 10, 11], [12, 13, 14, 15]]
     packed = causal_lm(**options, documents="packed").dataset("train")
@@ -276,7 +276,7 @@ def test_files_of_megatron(tmp_path: Path, dtype: str, code: int | None) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda idx, data: (b"TNTIDX\x00\x00" + idx[8:], data), r"c\.idx: is not an index .* older kind"),
         (lambda idx, data: (idx[:40], data), r"c\.idx: has version 1, dtype code 4 and 40 bytes.*need 122 bytes"),
@@ -291,13 +291,13 @@ def test_files_of_megatron(tmp_path: Path, dtype: str, code: int | None) -> None
     ],
 )
 def test_damaged_files_of_megatron(
-    tmp_path: Path, change: Callable[[bytes, bytes], tuple[bytes, bytes]], said: str
+    tmp_path: Path, change: Callable[[bytes, bytes], tuple[bytes, bytes]], message: str
 ) -> None:
     write_megatron(tmp_path / "c", "int32")
     idx, data = change((tmp_path / "c.idx").read_bytes(), (tmp_path / "c.bin").read_bytes())
     (tmp_path / "c.idx").write_bytes(idx)
     (tmp_path / "c.bin").write_bytes(data)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         causal_lm(tokens={"train": str(tmp_path / "c")}, context=3).dataset("train")
 
 
@@ -405,7 +405,7 @@ def test_long_chats_are_truncated_and_reported(tmp_path: Path, model: Callable[[
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "said"),
+    ("template", "messages", "message"),
     [
         (None, CHAT, "has no chat template"),
         (TEMPLATE, CHAT[:1], r"a\.jsonl, line 1: no message has the role `assistant`"),
@@ -417,10 +417,10 @@ def test_long_chats_are_truncated_and_reported(tmp_path: Path, model: Callable[[
     ],
 )
 def test_chats_that_cannot_be_used(
-    tmp_path: Path, model: Callable[[str | None], str], template: str | None, messages: object, said: str
+    tmp_path: Path, model: Callable[[str | None], str], template: str | None, messages: object, message: str
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"messages": [messages]})
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         causal_lm(model=model(template), chat={"train": str(path)}).dataset("train")
 
 
@@ -433,8 +433,11 @@ def test_variables_of_the_chat_template(tmp_path: Path, model: Callable[[str | N
     for variables, begins in (({}, "!u:ab;"), ({"think": True}, "u:ab;")):
         task = causal_lm(**options, chat_template_kwargs=variables)
         assert build_decoder(task)(tokens_of(task.dataset("train"))[0]).startswith(begins)
-    for name, said in (("thinks", r"does not use 'thinks'; did you mean 'think'"), ("tokenize", "is set by the task")):
-        with pytest.raises(ConfigError, match=rf"task\.chat_template_kwargs: .*{said}"):
+    for name, messages in (
+        ("thinks", r"does not use 'thinks'; did you mean 'think'"),
+        ("tokenize", "is set by the task"),
+    ):
+        with pytest.raises(ConfigError, match=rf"task\.chat_template_kwargs: .*{messages}"):
             causal_lm(**options, chat_template_kwargs={name: True}).dataset("train")
 
 
@@ -465,8 +468,8 @@ def test_isolated_documents_have_the_loss_that_they_have_alone(packed: Callable[
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(5.0)  # so that what a token sees matters
-        found = task.loss(net, batch)
-        alone = [
+        actual = task.loss(net, batch)
+        losses = [
             torch.nn.functional.cross_entropy(
                 net(torch.tensor([ids[:-1]])).logits[0], torch.tensor(ids[1:]), reduction="sum"
             )
@@ -474,12 +477,12 @@ def test_isolated_documents_have_the_loss_that_they_have_alone(packed: Callable[
         ]
         joined = task.loss(net, {key: value for key, value in batch.items() if key != "positions"})
     assert net.training and net.model.layers[0].training
-    torch.testing.assert_close(found, sum(alone) / 8)
-    assert abs(float(joined - found)) > 1e-3
+    torch.testing.assert_close(actual, sum(losses) / 8)
+    assert abs(float(joined - actual)) > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"model_type": "mamba", "state_size": 4}, "MambaForCausalLM takes no `position_ids`"),
         (
@@ -490,10 +493,10 @@ def test_isolated_documents_have_the_loss_that_they_have_alone(packed: Callable[
     ],
 )
 def test_models_that_do_not_isolate_documents_are_refused(
-    packed: Callable[..., Task], config: dict[str, Any], said: str
+    packed: Callable[..., Task], config: dict[str, Any], message: str
 ) -> None:
     task = packed(**config)
-    with pytest.raises(ConfigError, match=rf"task\.isolate_documents: {said}.*documents: padded"):
+    with pytest.raises(ConfigError, match=rf"task\.isolate_documents: {message}.*documents: padded"):
         task.loss(task.model(), {key: value[None] for key, value in task.dataset("train")[0].items()})
 
 
@@ -502,15 +505,15 @@ def test_loss_is_the_mean_over_predicted_tokens(tmp_path: Path) -> None:
     task = causal_lm(tokens={"train": str(path)}, context=4, documents="padded")
     model, data = task.model(), task.dataset("train")
     batch = {key: torch.stack([data[i][key] for i in range(2)]) for key in data[0]}
-    alone = [
+    losses = [
         nn.functional.cross_entropy(model(t[None, :-1])[0], t[1:], reduction="sum")
         for t in map(torch.tensor, ([1, 2, 3], [4, 5, 6, 7, 8]))
     ]
-    assert task.loss(model, batch).item() == pytest.approx(float(sum(alone)) / 6, rel=1e-5)
+    assert task.loss(model, batch).item() == pytest.approx(float(sum(losses)) / 6, rel=1e-5)
     total, count = task.metrics(model, batch)["loss"]
-    assert count == 6 and total.item() == pytest.approx(float(sum(alone)), rel=1e-5)
-    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    assert task.loss(model, nothing).item() == 0
+    assert count == 6 and total.item() == pytest.approx(float(sum(losses)), rel=1e-5)
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert task.loss(model, empty).item() == 0
 
 
 # Several sources
@@ -533,8 +536,8 @@ def test_sources_have_the_proportions_of_their_weights(tmp_path: Path) -> None:
     evaluated = make_batches(data, "train", 100, None, 0, 1, 0).in_order()
     once = "".join(chr(row[0]) for batch, _ in evaluated for row in batch["tokens"])
     assert [once.count(letter) for letter in "abc"] == [60, 30, 5] and set(once[:20]) == set("abc")
-    everything = [tokens_of(make_order(data, rank, size)) for size in (1, 2) for rank in range(size)]
-    assert everything[0] == everything[1] + everything[2]
+    all_items = [tokens_of(make_order(data, rank, size)) for size in (1, 2) for rank in range(size)]
+    assert all_items[0] == all_items[1] + all_items[2]
 
 
 def make_order(data: Examples, rank: int, size: int) -> list[Batch]:
@@ -559,7 +562,7 @@ def test_files_that_splits_of_different_sources_share_are_reported(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"sources": [{"text": "a", "tokens": "b"}]}, "exactly one of `text`, `tokens` and `chat` in each source"),
         ({"sources": [{"text": "a"}], "text_key": "body"}, "`text_key` has no effect beside `sources`"),
@@ -577,16 +580,16 @@ def test_files_that_splits_of_different_sources_share_are_reported(tmp_path: Pat
         ({"sources": [{"tokens": "a.npy", "messages_key": "m"}]}, "`messages_key` is for `chat` and has no effect on"),
     ],
 )
-def test_sources_that_cannot_be_used(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_sources_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         causal_lm(**options)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (5, 5), (7, 3, 1), (1, 40, 13, 40)])
 def test_the_order_of_a_mixture_is_that_of_the_places(sizes: tuple[int, ...]) -> None:
     mixture = Mixture([range(n) for n in sizes], sizes, "task.sources")  # type: ignore[misc]
-    places = [(Fraction(2 * j + 1, 2 * n), i, j) for i, n in enumerate(sizes) for j in range(n)]
-    assert [mixture._find(k) for k in range(len(mixture))] == [(i, j) for _, i, j in sorted(places)]
+    positions = [(Fraction(2 * j + 1, 2 * n), i, j) for i, n in enumerate(sizes) for j in range(n)]
+    assert [mixture._find(k) for k in range(len(mixture))] == [(i, j) for _, i, j in sorted(positions)]
 
 
 def test_the_order_of_a_mixture_needs_no_memory() -> None:
@@ -601,16 +604,16 @@ def test_the_order_of_a_mixture_needs_no_memory() -> None:
 
 
 def test_an_epoch_of_too_many_examples_is_refused() -> None:
-    one: Any = [{"x": torch.zeros(())}]
+    first: Any = [{"x": torch.zeros(())}]
     with pytest.raises(ConfigError, match=r"an epoch with these weights has .* examples"):
-        Mixture([one, one], [1, 1e-12], "task.sources")
+        Mixture([first, first], [1, 1e-12], "task.sources")
 
 
 # Records that cannot be used
 
 
 @pytest.mark.parametrize(
-    ("name", "table", "said"),
+    ("name", "table", "message"),
     [
         ("a.jsonl", {"body": ["x"]}, r"a\.jsonl, line 1: has no column 'text'.*columns are body; set task\.text_key"),
         ("a.jsonl", {"text": ["x", 3]}, r"a\.jsonl, line 2: 3 is not a text"),
@@ -620,14 +623,14 @@ def test_an_epoch_of_too_many_examples_is_refused() -> None:
         ("saved", {"text": [1, 2]}, r"\.arrow, row 1: 1 is not a text"),
     ],
 )
-def test_text_records_that_cannot_be_used(tmp_path: Path, name: str, table: dict[str, list[Any]], said: str) -> None:
+def test_text_records_that_cannot_be_used(tmp_path: Path, name: str, table: dict[str, list[Any]], message: str) -> None:
     path = {"a.jsonl": write_jsonl, "a.parquet": write_parquet, "saved": save_to_disk}[name](tmp_path / name, table)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         causal_lm(text={"train": str(path)}).dataset("train")
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ({"input_ids": [[1, 2], [3, 256]]}, r"row 2: token 256; the vocabulary of the model is 0 to 255"),
         ({"input_ids": [[1, 2], None]}, r"row 2: has no value in column 'input_ids'"),
@@ -644,14 +647,14 @@ def test_text_records_that_cannot_be_used(tmp_path: Path, name: str, table: dict
         ),
     ],
 )
-def test_token_records_that_cannot_be_used(tmp_path: Path, table: dict[str, list[Any]], said: str) -> None:
+def test_token_records_that_cannot_be_used(tmp_path: Path, table: dict[str, list[Any]], message: str) -> None:
     path = write_parquet(tmp_path / "a.parquet", table)
-    with pytest.raises(ConfigError, match=rf"a\.parquet.*{said}"):
+    with pytest.raises(ConfigError, match=rf"a\.parquet.*{message}"):
         causal_lm(tokens={"train": str(path)}, context=1).dataset("train")
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "message"),
     [
         ([{"input_ids": [1, 1 << 70]}], "line 1: .* is not a list of 64-bit integers. Set task.tokens_key to the"),
         ([{"input_ids": [1, 2.0]}], "line 1: .* is not a list of 64-bit integers"),
@@ -661,10 +664,10 @@ def test_token_records_that_cannot_be_used(tmp_path: Path, table: dict[str, list
     ],
 )
 def test_token_records_in_lines_that_cannot_be_used(
-    tmp_path: Path, records: list[dict[str, list[Any]]], said: str
+    tmp_path: Path, records: list[dict[str, list[Any]]], message: str
 ) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-    with pytest.raises(ConfigError, match=rf"a\.jsonl, {said}"):
+    with pytest.raises(ConfigError, match=rf"a\.jsonl, {message}"):
         causal_lm(tokens={"train": str(tmp_path / "a.jsonl")}, context=1).dataset("train")
 
 

@@ -105,10 +105,10 @@ class TestErrors:
 def test_kernels_agree(bits: int, m: int, start: int, n: int, seed: int) -> None:
     """Rounding of ties depends on the order of sums, and affects the following rows."""
     values, weights = walk(n, m, seed), [1 / n] * n
-    one, other = (coded(values, weights, bits, kernels, of_increments(weights), start)[0] for kernels in KERNELS)
+    first, second = (coded(values, weights, bits, kernels, of_increments(weights), start)[0] for kernels in KERNELS)
     scale = 0.1 * n**0.5 * 5
-    assert ((one - other).abs() <= scale * 2.1 / (1 << bits)).all()
-    assert (one != other).sum() <= (3 + 1e-4 * one.numel()) * n * BLOCKS[bits]
+    assert ((first - second).abs() <= scale * 2.1 / (1 << bits)).all()
+    assert (first != second).sum() <= (3 + 1e-4 * first.numel()) * n * BLOCKS[bits]
 
 
 @each_bits
@@ -121,20 +121,20 @@ def test_rows_do_not_depend_on_chunks_and_splits(
     """Rows are bitwise equal for any chunks and shards that do not split a block."""
     values, coding = walk(3, m), of_increments([0.2, 0.3, 0.5])
     borders = range(128 - start % 128, m, 128)
-    cuts = sorted(set(data.draw(st.lists(st.sampled_from(borders), max_size=4)))) if borders else []
+    indices = sorted(set(data.draw(st.lists(st.sampled_from(borders), max_size=4)))) if borders else []
 
     def held(parts: list[tuple[int, int]]) -> Tensor:
-        found = []
+        actual = []
         for low, high in parts:
             rows = Packed.empty(3, high - low, start + low, bits, CPU)
             kernels.make_deltas(values[:, low:high].clone(), [0.2, 0.3, 0.5], Target(rows, coding=coding), 0)
-            found.append(packed_rows(rows))
-        return torch.cat([torch.empty(3, 0), *found], 1)
+            actual.append(packed_rows(rows))
+        return torch.cat([torch.empty(3, 0), *actual], 1)
 
     whole = held([(0, m)])
-    assert torch.equal(held(list(zip([0, *cuts], [*cuts, m], strict=True))), whole)
+    assert torch.equal(held(list(zip([0, *indices], [*indices, m], strict=True))), whole)
     rows = Packed.empty(3, m, start, bits, CPU)
-    for low, high in zip([0, *cuts], [*cuts, m], strict=True):
+    for low, high in zip([0, *indices], [*indices, m], strict=True):
         kernels.make_deltas(values[:, low:high].clone(), [0.2, 0.3, 0.5], Target(rows, coding=coding), low)
     assert torch.equal(packed_rows(rows), whole)
 

@@ -31,7 +31,7 @@ def said(*directories: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "last", "why"),
+    ("name", "first", "last", "reason"),
     [
         ("config__json", CONFIG, CONFIG | {"rope_theta": 1e6}, "'rope_theta' (10000.0, 1000000.0)"),
         ("config__json", CONFIG, {"dtype": "float32", "rope_theta": 1e4}, "'rope_scaling'"),
@@ -43,11 +43,11 @@ def said(*directories: Path) -> list[str]:
         ("vocab__txt", "a\nb\n", "b\na\n", "its tokens"),
     ],
 )
-def test_differences_are_said(tmp_path: Path, name: str, first: Any, last: Any, why: str) -> None:
+def test_differences_are_said(tmp_path: Path, name: str, first: Any, last: Any, reason: str) -> None:
     paths = [candidate(tmp_path / f"{i}", **{name: content}) for i, content in enumerate([first, first, last])]
     (line,) = said(*paths)
     file = name.replace("__", ".")
-    assert line.startswith(f"{paths[0] / file} (and 1 more): differs from {paths[2] / file} in {why}"), line
+    assert line.startswith(f"{paths[0] / file} (and 1 more): differs from {paths[2] / file} in {reason}"), line
     with pytest.warns(TwaWarning, match="no useful average"):
         average_fixed(list(map(str, paths)), tmp_path / "out")
 

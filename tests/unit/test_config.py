@@ -66,7 +66,7 @@ def test_a_config_is_frozen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"groups": "blok"}, "groups: .*'tensor[+]row' or a valid list [(]got 'blok'[)]; did you mean 'block'[?]"),
         ({"groups": 3}, "groups: Input should be 'global', .*'tensor[+]row' or a valid list [(]got 3[)]"),
@@ -78,17 +78,17 @@ def test_a_config_is_frozen(tmp_path: Path) -> None:
         ({"center": {}}, "center: Input should be a valid string or a valid integer or a valid list [(]got {}[)]"),
     ],
 )
-def test_a_value_of_no_branch_of_a_union_is_one_message(settings: dict[str, Any], said: str) -> None:
+def test_a_value_of_no_branch_of_a_union_is_one_message(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validated(TwaConfig, settings)
-    assert re.fullmatch(f"config: {said}", str(caught.value)), caught.value
+    assert re.fullmatch(f"config: {message}", str(caught.value)), caught.value
 
 
 UNTYPED: Any = TwaConfig  # to be called as the type checker would refuse
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: UNTYPED(basis="pcaa"), r"TwaConfig: basis: .*'pca'.*got 'pcaa'"),
         (lambda: UNTYPED(basis="pcaa"), r"; did you mean 'pca'\?$"),
@@ -101,8 +101,8 @@ UNTYPED: Any = TwaConfig  # to be called as the type checker would refuse
         (lambda: RunConfig(candidates="a"), "RunConfig: task: Field required"),  # type: ignore[call-arg]
     ],
 )
-def test_a_mistake_in_python_is_a_configuration_error(make: Callable[[], object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_mistake_in_python_is_a_configuration_error(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         make()
 
 
@@ -119,9 +119,9 @@ def test_settings_are_copied_and_pickled_as_they_are() -> None:
         assert type(other) is TwaConfig and other == config and other.optimizer.options == {"momentum": 0.9}
 
 
-@pytest.mark.parametrize("given", [{"basis": "pcaa"}, {"optimizer": 3}, {"num_components": 2}])
-def test_copies_that_were_changed_are_checked_when_they_are_used(given: dict[str, Any]) -> None:
-    for config in (TwaConfig().model_copy(update=given), TwaConfig.model_construct(**given)):
+@pytest.mark.parametrize("value", [{"basis": "pcaa"}, {"optimizer": 3}, {"num_components": 2}])
+def test_copies_that_were_changed_are_checked_when_they_are_used(value: dict[str, Any]) -> None:
+    for config in (TwaConfig().model_copy(update=value), TwaConfig.model_construct(**value)):
         with pytest.raises(ConfigError, match="config: "):
             validated(TwaConfig, config)
 
@@ -131,10 +131,10 @@ def test_copies_that_were_changed_get_the_types_of_settings() -> None:
     assert type(config.read_chunk) is int and config.include == ["a"]
 
 
-@pytest.mark.parametrize("given", [[], "", 0, False, "run.yaml"])
-def test_configuration_must_be_a_mapping(given: Any) -> None:
+@pytest.mark.parametrize("value", [[], "", 0, False, "run.yaml"])
+def test_configuration_must_be_a_mapping(value: Any) -> None:
     with pytest.raises(ConfigError, match="valid dictionary or instance of TwaConfig"):
-        validated(TwaConfig, given)
+        validated(TwaConfig, value)
 
 
 @pytest.mark.parametrize("indent", [None, 2, "\t"])
@@ -157,7 +157,7 @@ def test_text_that_resembles_numbers_stays_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "NoneType"),
         (b"- a\n- b\n", "list"),
@@ -166,10 +166,10 @@ def test_text_that_resembles_numbers_stays_text(tmp_path: Path) -> None:
         (b"steps: !!python/object/apply:os.system ['true']\n", "YAML"),
     ],
 )
-def test_invalid_files_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_config(path)
     assert "run.yaml" in str(caught.value)
 
@@ -205,7 +205,7 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["optimizer.lr=fast"], "override 'optimizer.lr=fast': optimizer.lr: "),
         (["steps=3", "grups=block"], "override 'grups=block': unknown key 'grups'; did you mean 'groups'?"),
@@ -215,8 +215,8 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
         (["task.name=3"], "override 'task.name=3': task.name: "),
     ],
 )
-def test_a_wrong_override_is_named(tmp_path: Path, overrides: list[str], said: str) -> None:
-    assert said in refusal(tmp_path, *overrides)
+def test_a_wrong_override_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
+    assert message in refusal(tmp_path, *overrides)
 
 
 def test_a_wrong_file_is_named_beside_a_wrong_override(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_wrong_file_is_named_beside_a_wrong_override(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("steps", "key=value"),
         ("=3", "key=value"),
@@ -235,8 +235,8 @@ def test_a_wrong_file_is_named_beside_a_wrong_override(tmp_path: Path) -> None:
         ("optimizer..lr=3", "optimizer"),
     ],
 )
-def test_malformed_overrides_are_refused(tmp_path: Path, override: str, said: str) -> None:
-    assert said in refusal(tmp_path, override)
+def test_malformed_overrides_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    assert message in refusal(tmp_path, override)
 
 
 # Mistakes

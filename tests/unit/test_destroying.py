@@ -14,8 +14,8 @@ def test_groups_are_kept_until_their_threads_are_idle(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     KEPT.clear()
     for late in (0.0, 2 * SECONDS):
-        now = time.monotonic() + late
-        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        current = time.monotonic() + late
+        monkeypatch.setattr(time, "monotonic", lambda now=current: now)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         dist.new_group([0])
         destroy_process_group()

@@ -80,10 +80,10 @@ def test_examples_and_losses_are_those_of_transformers(tmp_path: Path, kind: str
     number = {3: 2, 7: 0}  # of the classes in the model
     labels = []
     for i, image in enumerate((11, 4, 9)):
-        mine = [o | {"category_id": number[o["category_id"]]} for o in OBJECTS if o["image_id"] == image]
+        local = [o | {"category_id": number[o["category_id"]]} for o in OBJECTS if o["image_id"] == image]
         expected = processor(
             Image.open(tmp_path / f"images/{image}.png"),
-            annotations={"image_id": image, "annotations": mine},
+            annotations={"image_id": image, "annotations": local},
             **{"size": {"height": SIZE, "width": SIZE}, "do_pad": False, "return_tensors": "pt"},
         )
         assert torch.equal(batch["images"][i], expected["pixel_values"][0])
@@ -138,8 +138,8 @@ def test_average_precision_of_a_model_of_ones_own(tmp_path: Path, shift: float) 
 
 
 def found(boxes: list[list[float]], at: list[list[float]]) -> Detections:
-    count, places = len(boxes), np.array(boxes).reshape(-1, 4)
-    truth = Annotated(1, Path("x"), places, np.ones(count, int), np.full(count, 9e3), np.zeros(count, bool))
+    count, positions = len(boxes), np.array(boxes).reshape(-1, 4)
+    truth = Annotated(1, Path("x"), positions, np.ones(count, int), np.full(count, 9e3), np.zeros(count, bool))
     return Detections(truth, np.array(at).reshape(-1, 4), np.ones(len(at), int), np.linspace(0.9, 0.5, len(at)))
 
 
@@ -163,7 +163,7 @@ def test_pycocotools_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"images": None}, r"coco\.json has no list 'images'"),
         ({"images": []}, r"annotations\[0\]: image_id 11 is not the id of an entry of `image`"),
@@ -177,8 +177,8 @@ def test_pycocotools_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"categories": [*CATEGORIES, {"id": 8, "name": "cow"}]}, "label2id has no class 'cow'"),
     ],
 )
-def test_annotations_that_cannot_be_used(tmp_path: Path, changes: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_annotations_that_cannot_be_used(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         task_of(save_model(tmp_path / "m"), tmp_path, validation=write_coco(tmp_path, **changes))
 
 

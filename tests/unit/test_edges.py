@@ -83,19 +83,19 @@ def test_tensors_that_are_not_trained_keep_their_bits(tmp_path: Path) -> None:
     with torch.no_grad():
         for tensor in (net.third, net.large, net.seventh, net.count):
             tensor.zero_()
-    held = [{**source.state_dict(), "weight": torch.full((5,), float(i))} for i in range(3)]
-    twa = twa_scale.attach(net, held)
+    stored = [{**source.state_dict(), "weight": torch.full((5,), float(i))} for i in range(3)]
+    twa = twa_scale.attach(net, stored)
     assert all(torch.equal(net.state_dict()[k], source.state_dict()[k]) for k in ("third", "large", "seventh", "count"))
     twa.export(tmp_path / "out")
 
 
 def test_a_buffer_that_candidates_lack_is_named_unless_it_is_ignored() -> None:
     net = nn.BatchNorm1d(4)
-    held = [{k: v for k, v in net.state_dict().items() if "running_var" not in k} for _ in range(2)]
-    held[1]["weight"] = held[1]["weight"] + 1
+    stored = [{k: v for k, v in net.state_dict().items() if "running_var" not in k} for _ in range(2)]
+    stored[1]["weight"] = stored[1]["weight"] + 1
     with pytest.raises(CandidateError, match="running_var"):
-        twa_scale.attach(net, held)
-    twa_scale.attach(net, held, {"ignore": ["running_var"]})
+        twa_scale.attach(net, stored)
+    twa_scale.attach(net, stored, {"ignore": ["running_var"]})
 
 
 def test_a_state_in_memory_can_be_loaded_twice() -> None:
@@ -152,9 +152,9 @@ def test_snapshots_of_a_later_run_are_not_deleted(tmp_path: Path) -> None:
 def test_an_export_over_its_own_candidates_is_refused(tmp_path: Path) -> None:
     snapshots = Snapshots(tmp_path, every_n_steps=1)
     paths = []
-    for step, held in enumerate(candidates(2), 1):
+    for step, stored in enumerate(candidates(2), 1):
         net = model()
-        net.load_state_dict(held)
+        net.load_state_dict(stored)
         paths.append(snapshots.save(net, step))
     twa = twa_scale.attach(model(), paths)
     with pytest.raises(TwaError, match="holds the candidate"):
@@ -176,9 +176,9 @@ def test_from_pretrained_reads_the_average_of_hugging_face_directories(tmp_path:
     twa.step()
     twa.export(tmp_path / "average", max_shard_size="20kB")
     assert (tmp_path / "average" / "model.safetensors.index.json").exists()
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "average")
+    repeated = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "average")
     with torch.no_grad():
-        torch.testing.assert_close(again(tokens).logits, net(tokens).logits, rtol=0, atol=0)
+        torch.testing.assert_close(repeated(tokens).logits, net(tokens).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("part", ["parameter", "buffer"])
@@ -194,7 +194,7 @@ def test_a_model_without_memory_is_refused(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (lambda: nn.LazyLinear(3), "'weight' is uninitialized"),
         (
@@ -207,10 +207,10 @@ def test_a_model_without_memory_is_refused(part: str) -> None:
     ],
     ids=["lazy", "inference", "overlapping", "the same memory", "columns"],
 )
-def test_parameters_that_cannot_be_written_are_refused(model: Callable[[], nn.Module], said: str) -> None:
-    with pytest.raises(EngineError, match=said):
+def test_parameters_that_cannot_be_written_are_refused(model: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
         twa_scale.attach(model(), [nn.Linear(3, 3).state_dict()] * 2)
-    with pytest.raises(EngineError, match=said):
+    with pytest.raises(EngineError, match=message):
         twa_scale.RunningAverages(model(), ema=[0.9])
 
 
@@ -350,7 +350,7 @@ def test_sparse_gradients_are_those_of_dense_ones() -> None:
 
 def test_a_default_device_of_the_user_does_not_count() -> None:
     net, states = model(), candidates()
-    want = after_one_step(model())
+    expected = after_one_step(model())
     with torch.device("meta"):
         twa = twa_scale.attach(net, states, SGD)
         twa.zero_grad()
@@ -359,4 +359,4 @@ def test_a_default_device_of_the_user_does_not_count() -> None:
         twa.step()
         twa.load_state_dict(twa.state_dict())
         coefficients = twa.coefficients
-    assert torch.equal(coefficients, want)
+    assert torch.equal(coefficients, expected)

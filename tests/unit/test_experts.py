@@ -66,9 +66,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_tensors_that_stack_experts_are_found(case: str) -> None:
     model, wanted = CASES[case]
-    found = stacked_experts(model, named_parameters(model)[1])
-    assert found.keys() == wanted
-    assert all(one.number == E and one.path.endswith("experts") for one in found.values())
+    actual = stacked_experts(model, named_parameters(model)[1])
+    assert actual.keys() == wanted
+    assert all(item.number == E and item.path.endswith("experts") for item in actual.values())
 
 
 @pytest.mark.parametrize(
@@ -148,15 +148,15 @@ def test_the_report_has_a_tensor_for_each_expert(tmp_path: Path) -> None:
         torch.save(state, path)
     twa = twa_scale.attach(Mixture(), paths, {"groups": "expert"})
     save_run(twa, paths, tmp_path)
-    found = read(tmp_path).coefficients
-    assert found is not None
-    assert found.elements == twa.elements
-    names = {tensor.name: found.groups[tensor.group] for tensor in found.tensors}
+    actual = read(tmp_path).coefficients
+    assert actual is not None
+    assert actual.elements == twa.elements
+    names = {tensor.name: actual.groups[tensor.group] for tensor in actual.tensors}
     assert (
         names["blocks.0.experts.3.up"] == "blocks.0.experts.3"
         and names["blocks.1.experts.3.up"] == "blocks.1.experts.3"
     )
-    assert found.positions["blocks.0.experts.3.up"] == found.positions["blocks.0.experts.2.up"]
+    assert actual.positions["blocks.0.experts.3.up"] == actual.positions["blocks.0.experts.2.up"]
 
 
 @pytest.mark.parametrize(

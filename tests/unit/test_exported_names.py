@@ -67,8 +67,8 @@ def test_a_model_loads_its_own_average(tmp_path: Path, kind: str) -> None:
     twa.export(tmp_path / "exported")
     average_fixed(list(map(str, paths)), tmp_path / "averaged")
     for out in ("exported", "averaged"):
-        found = loaded_by(build(), tmp_path / out / "model.safetensors")
-        torch.testing.assert_close(found, mean(paths))
+        actual = loaded_by(build(), tmp_path / out / "model.safetensors")
+        torch.testing.assert_close(actual, mean(paths))
     snapshot = Snapshots(tmp_path / "snapshots", every_n_steps=1).save(model, 1)
     inner = getattr(model, "_orig_mod", model)
     torch.testing.assert_close(load_file(snapshot / "model.safetensors"), inner.state_dict())
@@ -82,8 +82,8 @@ def test_names_of_wrappers_are_those_of_the_candidates(tmp_path: Path, kind: str
     twa.export(tmp_path / "exported", max_shard_size=40)
     average_fixed(list(map(str, paths)), tmp_path / "averaged")
     shards = (tmp_path / "exported").glob("*.safetensors")
-    found = {name: value for shard in shards for name, value in load_file(shard).items()}
-    assert load_file(tmp_path / "averaged/model.safetensors").keys() == found.keys() == load_file(paths[0]).keys()
+    actual = {name: value for shard in shards for name, value in load_file(shard).items()}
+    assert load_file(tmp_path / "averaged/model.safetensors").keys() == actual.keys() == load_file(paths[0]).keys()
 
 
 def test_a_tied_name_that_one_candidate_lacks_has_the_wrapper_of_the_others(tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def test_live_weights(tmp_path: Path, writer: str, name: str, value: float, dtyp
 @pytest.mark.parametrize("writer", WRITERS)
 def test_live_masks_are_written(tmp_path: Path, writer: str) -> None:
     WRITERS[writer](Masked(), tmp_path, dtype=torch.float16)
-    found = load_file(tmp_path / "step-00000001/model.safetensors")
-    assert all(torch.equal(found[name], value.half()) for name, value in Masked().state_dict().items())
+    actual = load_file(tmp_path / "step-00000001/model.safetensors")
+    assert all(torch.equal(actual[name], value.half()) for name, value in Masked().state_dict().items())
 
 
 def snapshot_on_ranks(out: Path, asynchronous: bool) -> None:
@@ -176,20 +176,20 @@ def test_candidates_that_overflow_the_type_of_the_model() -> None:
     for frozen in (False, True):
         model.get_parameter("bias").requires_grad_(not frozen)
         model.get_parameter("weight").data.zero_()
-        held = wide if not frozen else [{**state, "weight": state["weight"] / 1e6} for state in wide]
+        stored = wide if not frozen else [{**state, "weight": state["weight"] / 1e6} for state in wide]
         with pytest.raises(TwaError, match=r"float16.*65504"):
-            twa_scale.attach(model, held)
+            twa_scale.attach(model, stored)
 
 
 def step_on_ranks(engine: str) -> str:
     config = {"combine": "forward" if engine == "fsdp2" else "step", "optimizer": {"name": "sgd", "lr": 1e39}}
     model, twa = cases.attach(engine, Run(config))
-    said = cases.complaint(lambda: cases.one_step(model, twa, 0))
+    messages = cases.complaint(lambda: cases.one_step(model, twa, 0))
     assert all(bool(value.isfinite().all()) for value in cases.gathered(model).values())
-    return said
+    return messages
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_every_rank_undoes_the_step(ranks: Pool, engine: str) -> None:
-    said = ranks(step_on_ranks, 2, engine=engine)
-    assert len(set(said)) == 1 and "not finite" in said[0]
+    messages = ranks(step_on_ranks, 2, engine=engine)
+    assert len(set(messages)) == 1 and "not finite" in messages[0]

@@ -72,10 +72,10 @@ WRITE: dict[str, Callable[[Path, float], None]] = {"ckpt": write_ckpt, "dcp": wr
 
 
 @pytest.fixture
-def candidates(here: Path, request: pytest.FixtureRequest) -> list[str]:
+def candidates(working_directory: Path, request: pytest.FixtureRequest) -> list[str]:
     names = [f"step-{step}{'.ckpt' if request.param == 'ckpt' else ''}" for step in (2, 10)]
     for value, name in zip((1.0, 3.0), names, strict=True):
-        WRITE[request.param](here / name, value)
+        WRITE[request.param](working_directory / name, value)
     return names
 
 
@@ -115,28 +115,36 @@ def work(candidates: list[str], out: str, form: str, **options: Any) -> None:
     ],
     indirect=["candidates"],
 )
-def test_torch_files(ranks: Pool, here: Path, candidates: list[str], file: str, keys: list[str], size: int) -> None:
-    ranks(work, size, candidates=[str(here / name) for name in candidates], out=str(here / "out"), form="pt")
-    found: Any = torch.load(here / "out" / file, weights_only=True)
+def test_torch_files(
+    ranks: Pool, working_directory: Path, candidates: list[str], file: str, keys: list[str], size: int
+) -> None:
+    ranks(
+        work,
+        size,
+        candidates=[str(working_directory / name) for name in candidates],
+        out=str(working_directory / "out"),
+        form="pt",
+    )
+    actual: Any = torch.load(working_directory / "out" / file, weights_only=True)
     for key in keys:
-        assert list(found) == [key]
-        found = found[key]
-    assert_equal(found, expected(candidates))
-    assert zipfile.ZipFile(here / "out" / file).testzip() is None  # the CRC of every tensor
-    assert read(opened(here / "out" / file), "count", 0, 1) == 3
+        assert list(actual) == [key]
+        actual = actual[key]
+    assert_equal(actual, expected(candidates))
+    assert zipfile.ZipFile(working_directory / "out" / file).testzip() is None  # the CRC of every tensor
+    assert read(opened(working_directory / "out" / file), "count", 0, 1) == 3
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
     ("candidates", "key"), [("ckpt", "state_dict."), ("dcp", "model."), ("hf", "")], indirect=["candidates"]
 )
-def test_dcp(ranks: Pool, here: Path, candidates: list[str], key: str, size: int) -> None:
-    paths = [str(here / name) for name in candidates]
-    ranks(in_small_chunks, size, candidates=paths, out=str(here / "out"), form="dcp")
-    assert len(list((here / "out").glob("*.distcp"))) > 2
-    found = load_dcp(here / "out", {key + name: tensor for name, tensor in zeros().items()})
-    assert_equal({name.removeprefix(key): tensor for name, tensor in found.items()}, expected(candidates))
-    assert read(opened(here / "out"), "count", 0, 1) == 3
+def test_dcp(ranks: Pool, working_directory: Path, candidates: list[str], key: str, size: int) -> None:
+    paths = [str(working_directory / name) for name in candidates]
+    ranks(in_small_chunks, size, candidates=paths, out=str(working_directory / "out"), form="dcp")
+    assert len(list((working_directory / "out").glob("*.distcp"))) > 2
+    actual = load_dcp(working_directory / "out", {key + name: tensor for name, tensor in zeros().items()})
+    assert_equal({name.removeprefix(key): tensor for name, tensor in actual.items()}, expected(candidates))
+    assert read(opened(working_directory / "out"), "count", 0, 1) == 3
 
 
 def in_small_chunks(**options: Any) -> None:
@@ -154,8 +162,14 @@ def members(path: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("candidates", ["ckpt"], indirect=True)
-def test_the_same_torch_file(ranks: Pool, here: Path, candidates: list[str], size: int) -> None:
-    ranks(work, size, candidates=[str(here / name) for name in candidates], out=str(here / "out"), form="same")
+def test_the_same_torch_file(ranks: Pool, working_directory: Path, candidates: list[str], size: int) -> None:
+    ranks(
+        work,
+        size,
+        candidates=[str(working_directory / name) for name in candidates],
+        out=str(working_directory / "out"),
+        form="same",
+    )
     content: Any = torch.load("out/step-10.ckpt", weights_only=True)
     assert_equal(content["state_dict"], expected(candidates))
     assert content["state_dict"]["last"].stride() == state(3)["last"].stride()
@@ -167,12 +181,18 @@ def test_the_same_torch_file(ranks: Pool, here: Path, candidates: list[str], siz
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("candidates", ["dcp"], indirect=True)
-def test_the_same_dcp(ranks: Pool, here: Path, candidates: list[str], size: int) -> None:
+def test_the_same_dcp(ranks: Pool, working_directory: Path, candidates: list[str], size: int) -> None:
     Path("step-10/meta.pt").write_bytes(b"as it is")
-    ranks(work, size, candidates=[str(here / name) for name in candidates], out=str(here / "out"), form="same")
-    found = load_dcp(here / "out", {"model": zeros(), "optim": optimizer(0), "step": 0})
-    assert_equal(found["model"], expected(candidates))
-    assert found["step"] == 3 and torch.equal(found["optim"]["m"], torch.full((3,), 3.0))
+    ranks(
+        work,
+        size,
+        candidates=[str(working_directory / name) for name in candidates],
+        out=str(working_directory / "out"),
+        form="same",
+    )
+    actual = load_dcp(working_directory / "out", {"model": zeros(), "optim": optimizer(0), "step": 0})
+    assert_equal(actual["model"], expected(candidates))
+    assert actual["step"] == 3 and torch.equal(actual["optim"]["m"], torch.full((3,), 3.0))
     assert Path("out/.metadata").read_bytes() == Path("step-10/.metadata").read_bytes()
     assert Path("out/meta.pt").read_bytes() == b"as it is"
 
@@ -199,24 +219,24 @@ def export_sharded(candidates: list[str], out: str) -> None:
             assert torch.equal(loaded["model"][name].to_local(), tensor.to_local())
 
 
-def test_live_ranks_write_every_format(ranks: Pool, here: Path) -> None:
-    paths = [str(here / f"step-{i}") for i in range(2)]
+def test_live_ranks_write_every_format(ranks: Pool, working_directory: Path) -> None:
+    paths = [str(working_directory / f"step-{i}") for i in range(2)]
     for value, path in enumerate(paths):
         ranks(save_sharded, 3, out=path, value=float(value))
-    ranks(export_sharded, 2, candidates=paths, out=str(here / "out"))
+    ranks(export_sharded, 2, candidates=paths, out=str(working_directory / "out"))
     average_fixed(paths, "merged")
     wanted = load_file("merged/model.safetensors")
     assert_equal(torch.load("out-pt/pytorch_model.bin", weights_only=True)["model"], wanted)
     for form in ("dcp", "same"):
         into: dict[str, Any] = {"model": {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}}
         into |= {"step": 0.0} if form == "same" else {}
-        found = load_dcp(here / f"out-{form}", into)
-        assert_equal(found["model"], wanted)
-    assert found["step"] == 1
+        actual = load_dcp(working_directory / f"out-{form}", into)
+        assert_equal(actual["model"], wanted)
+    assert actual["step"] == 1
 
 
-def test_experts_that_files_store_apart(here: Path) -> None:
-    paths = [here / f"step-{i}" for i in range(2)]
+def test_experts_that_files_store_apart(working_directory: Path) -> None:
+    paths = [working_directory / f"step-{i}" for i in range(2)]
     for i, path in enumerate(paths):
         moe(i).save_pretrained(path)
         torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
@@ -224,17 +244,20 @@ def test_experts_that_files_store_apart(here: Path) -> None:
     twa = twa_scale.attach(moe(9), paths)
     for form in ("hf", "pt", "dcp", "same"):
         twa.export(f"live-{form}", format=form)
-    save_run(twa, paths, here / "run")
+    save_run(twa, paths, working_directory / "run")
     for form in ("pt", "same"):
-        export_run(here / "run", f"exact-{form}", format=form)
+        export_run(working_directory / "run", f"exact-{form}", format=form)
     wanted = load_file("live-hf/model.safetensors")
     assert any(".experts.0." in name for name in wanted)
     for name in ("live-pt", "live-same", "exact-pt", "exact-same"):
         assert_equal(torch.load(f"{name}/pytorch_model.bin"), wanted)
-    assert_equal(load_dcp(here / "live-dcp", {name: torch.zeros_like(value) for name, value in wanted.items()}), wanted)
+    assert_equal(
+        load_dcp(working_directory / "live-dcp", {name: torch.zeros_like(value) for name, value in wanted.items()}),
+        wanted,
+    )
 
 
-def test_an_earlier_output_is_replaced_and_nothing_else(here: Path) -> None:
+def test_an_earlier_output_is_replaced_and_nothing_else(working_directory: Path) -> None:
     for value, name in ((1.0, "a.pt"), (3.0, "b.pt")):
         torch.save(state(value), name)
     for form in ("pt", "dcp", "same", "hf"):
@@ -246,14 +269,15 @@ def test_an_earlier_output_is_replaced_and_nothing_else(here: Path) -> None:
     assert_equal(torch.load("out/b.pt"), state(1.0))
 
 
-def test_tied_tensors_are_written_once(here: Path) -> None:
+def test_tied_tensors_are_written_once(working_directory: Path) -> None:
     for value in (1.0, 3.0):
         head = torch.full((3, 2), value)
         torch.save({"embed": head, "head": head}, f"{value}.pt")
     average_fixed(["*.pt"], "out", format="same")
-    found = torch.load("out/3.0.pt")
+    actual = torch.load("out/3.0.pt")
     assert (
-        torch.equal(found["embed"], torch.full((3, 2), 2.0)) and found["head"].data_ptr() == found["embed"].data_ptr()
+        torch.equal(actual["embed"], torch.full((3, 2), 2.0))
+        and actual["head"].data_ptr() == actual["embed"].data_ptr()
     )
     torch.save({"embed": head, "head": head + 1}, "1.0.pt")
     with pytest.raises(
@@ -263,15 +287,15 @@ def test_tied_tensors_are_written_once(here: Path) -> None:
     assert not Path("again").exists()
 
 
-def test_views_of_one_storage_and_what_shares_it(here: Path) -> None:
+def test_views_of_one_storage_and_what_shares_it(working_directory: Path) -> None:
     for value in (1.0, 3.0):
         flat = torch.full((10,), value)
         flat[8:] = 7
         torch.save({"model": {"a": flat[:4], "b": flat[4:8]}, "all": flat, "rest": flat[8:]}, f"{value}.pt")
     with pytest.warns(TwaWarning, match="pt: 'all' are the same numbers in the file as weights"):
         average_fixed(["*.pt"], "out", format="same")
-    found = torch.load("out/3.0.pt")
-    assert found["all"].tolist() == [2.0] * 8 + [7, 7] and found["model"]["b"].tolist() == [2.0] * 4
+    actual = torch.load("out/3.0.pt")
+    assert actual["all"].tolist() == [2.0] * 8 + [7, 7] and actual["model"]["b"].tolist() == [2.0] * 4
 
 
 def in_part(flat: torch.Tensor) -> State:
@@ -283,14 +307,14 @@ def in_other_strides(flat: torch.Tensor) -> State:
 
 
 @pytest.mark.parametrize("views", [in_part, in_other_strides])
-def test_weights_that_overlap(here: Path, views: Callable[[torch.Tensor], State]) -> None:
+def test_weights_that_overlap(working_directory: Path, views: Callable[[torch.Tensor], State]) -> None:
     for value in (1.0, 3.0):
         torch.save(views(torch.full((6,), value)), f"{value}.pt")
     with pytest.raises(OutputError, match="overlap in part, or in other strides"):
         average_fixed(["*.pt"], "out", format="same")
 
 
-def test_tied_tensors_that_are_not_row_major(here: Path) -> None:
+def test_tied_tensors_that_are_not_row_major(working_directory: Path) -> None:
     for value in (1.0, 3.0):
         head = torch.full((2, 3), value).t()
         torch.save({"embed": head, "head": head}, f"{value}.pt")
@@ -307,9 +331,9 @@ def test_ignored_tensors_keep_their_values(candidates: list[str]) -> None:
     torch.testing.assert_close(read(out, "scalar", 0, 1)[0], mean)
 
 
-def test_sharded_torch_files(here: Path) -> None:
+def test_sharded_torch_files(working_directory: Path) -> None:
     for value in (1.0, 3.0):
-        folder = here / f"step-{value:.0f}"
+        folder = working_directory / f"step-{value:.0f}"
         folder.mkdir()
         torch.save({"a": torch.full((3,), value)}, folder / "pytorch_model-00001-of-00002.bin")
         torch.save({"b": torch.full((4,), value)}, folder / "pytorch_model-00002-of-00002.bin")
@@ -322,9 +346,9 @@ def test_sharded_torch_files(here: Path) -> None:
     assert read(opened(Path("out")), "b", 0, 4).tolist() == [2.0] * 4
 
 
-def test_files_beside_the_weights(here: Path) -> None:
+def test_files_beside_the_weights(working_directory: Path) -> None:
     for value in (1.0, 3.0):
-        folder = here / f"checkpoint-{value:.0f}"
+        folder = working_directory / f"checkpoint-{value:.0f}"
         write_hf(folder, value)
         (folder / "config.json").write_text('{"dtype": "float32"}')
         (folder / "pytorch_model.bin").write_bytes(b"old")
@@ -337,14 +361,15 @@ def test_files_beside_the_weights(here: Path) -> None:
         (folder / "outside").symlink_to("/etc/hostname")
     with pytest.warns(TwaWarning) as warned:
         average_fixed(["checkpoint-*"], "out", format="same")
-    found = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
+    actual = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
     own = {"model.safetensors", "twa_scale.json", "README.md"}
-    assert found == {*own, "config.json", "optimizer_0/.metadata", "trainer_state.json"}
+    assert actual == {*own, "config.json", "optimizer_0/.metadata", "trainer_state.json"}
     assert Path("out/optimizer_0/.metadata").read_text() == "3.0"
-    said = " ".join(str(warning.message) for warning in warned)
-    assert "'checkpoint-2' (a separate checkpoint)" in said and "'model.py' (code" in said
+    messages = " ".join(str(warning.message) for warning in warned)
+    assert "'checkpoint-2' (a separate checkpoint)" in messages and "'model.py' (code" in messages
     assert (
-        "'pytorch_model.bin' (the weights before the average, in other files)" in said and "'outside' (a link" in said
+        "'pytorch_model.bin' (the weights before the average, in other files)" in messages
+        and "'outside' (a link" in messages
     )
     average_fixed(["checkpoint-*"], "out", format="same", overwrite=True)
     Path("out/trainer_state.json").write_text("of another training")
@@ -352,7 +377,7 @@ def test_files_beside_the_weights(here: Path) -> None:
         average_fixed(["checkpoint-*"], "out", format="same", overwrite=True)
 
 
-def test_a_tensor_that_the_files_name_otherwise(here: Path) -> None:
+def test_a_tensor_that_the_files_name_otherwise(working_directory: Path) -> None:
     for value in (1.0, 3.0):
         torch.save({"ema.w": torch.full((2,), value)}, f"{value}-00001-of-00002.bin")
         torch.save({"w": torch.zeros(2)}, f"{value}-00002-of-00002.bin")
@@ -366,7 +391,7 @@ def test_a_tensor_that_the_files_name_otherwise(here: Path) -> None:
     assert torch.load("out/3.0-00002-of-00002.bin")["w"].tolist() == [0.0, 0.0]
 
 
-def test_one_tensor_in_the_files_and_two_in_the_model(here: Path) -> None:
+def test_one_tensor_in_the_files_and_two_in_the_model(working_directory: Path) -> None:
     tensor = torch.ones(2, 2)
     for name in ("a.pt", "b.pt"):
         torch.save({"0.weight": tensor, "1.weight": tensor}, name)
@@ -387,16 +412,18 @@ def limited(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["pt", "dcp", "same"])
-def test_a_disk_that_is_full_leaves_nothing(here: Path, form: str) -> None:
+def test_a_disk_that_is_full_leaves_nothing(working_directory: Path, form: str) -> None:
     for value, name in ((1.0, "a.pt"), (3.0, "b.pt")):
         torch.save(big(value), name)
     with pytest.raises(OutputError, match="ulimit -f"):
         limited(form)
-    assert sorted(path.name for path in here.iterdir()) == ["a.pt", "b.pt"]
+    assert sorted(path.name for path in working_directory.iterdir()) == ["a.pt", "b.pt"]
 
 
 @pytest.mark.parametrize(("form", "name"), [("pt", "skip_data"), ("dcp", "_StorageInfo")])
-def test_a_torch_without_what_is_needed(here: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str) -> None:
+def test_a_torch_without_what_is_needed(
+    working_directory: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str
+) -> None:
     torch.save(state(1.0), "a.pt")
     monkeypatch.setitem(torch_api._PLACES, name, "torch.nothing")
     with pytest.raises(OutputError, match=f"need torch.nothing.{name}, which torch .* does not have; use torch"):
@@ -426,9 +453,9 @@ def master_weights(path: Path) -> None:
         (master_weights, "safetensors", "'safetensors' is not one of same, hf, dcp, pt"),
     ],
 )
-def test_refused(here: Path, write: Callable[[Path], None], form: str, message: str) -> None:
-    write(here / "a.pt")
-    write(here / "b.pt")
+def test_refused(working_directory: Path, write: Callable[[Path], None], form: str, message: str) -> None:
+    write(working_directory / "a.pt")
+    write(working_directory / "b.pt")
     with pytest.raises(TwaError, match=message):
         average_fixed(["a.pt", "b.pt"], "out", format=form)
     assert not Path("out").exists()
@@ -476,27 +503,27 @@ def master_param(folder: Path) -> None:
     ],
 )
 def test_further_weights_that_training_would_resume_from(
-    here: Path, write: Callable[[Path], None], message: str
+    working_directory: Path, write: Callable[[Path], None], message: str
 ) -> None:
-    write_hf(here / "step-1", 1.0)
-    write(here / "step-1")
+    write_hf(working_directory / "step-1", 1.0)
+    write(working_directory / "step-1")
     with pytest.raises(OutputError, match=message):
         average_fixed(["step-1"], "out", format="same")
     assert not Path("out").exists()
     average_fixed(["step-1"], "out")
 
 
-def test_what_is_kept_of_the_optimizer_is_said(here: Path) -> None:
-    write_hf(here / "step-1", 1.0)
+def test_what_is_kept_of_the_optimizer_is_said(working_directory: Path) -> None:
+    write_hf(working_directory / "step-1", 1.0)
     kept = {0: {"z": torch.ones(3), "exp_avg_sq": torch.ones(3)}, 1: {"slow_buffer": torch.ones(2)}}
     torch.save({"state": kept}, "step-1/optimizer.pt")
     torch.save(state(2), "step-1/ema.pt")
     Path("step-1/old.pt").write_bytes(b"a legacy file")
     with pytest.warns(TwaWarning) as warned:
         average_fixed(["step-1"], "out", format="same")
-    said = " ".join(str(warning.message) for warning in warned)
-    assert "'state.0.z', 'state.1.slow_buffer' are weights that the optimizer keeps" in said
-    assert "'old.pt' cannot be read" in said and "the state of the training is that of step-1, the last" in said
+    messages = " ".join(str(warning.message) for warning in warned)
+    assert "'state.0.z', 'state.1.slow_buffer' are weights that the optimizer keeps" in messages
+    assert "'old.pt' cannot be read" in messages and "the state of the training is that of step-1, the last" in messages
     assert Path("out/ema.pt").read_bytes() == Path("step-1/ema.pt").read_bytes()
 
 
@@ -508,7 +535,7 @@ def test_the_state_is_that_of_the_last_candidate(candidates: list[str]) -> None:
         average_fixed(candidates[::-1], "again", format="same")
 
 
-def test_the_same_safetensors_file(here: Path) -> None:
+def test_the_same_safetensors_file(working_directory: Path) -> None:
     for value, name in ((1.0, "step-2"), (3.0, "step-10")):
         save_file({"a": torch.full((4,), value), "b": torch.full((4,), value)}, f"{name}.safetensors")
     average_fixed(["*.safetensors"], "out", format="same", max_shard_size="16B")
@@ -521,7 +548,7 @@ def test_the_same_safetensors_file(here: Path) -> None:
     assert not Path("again").exists()
 
 
-def test_one_tensor_with_two_coefficients(here: Path) -> None:
+def test_one_tensor_with_two_coefficients(working_directory: Path) -> None:
     for value in (1.0, 3.0):
         head = torch.full((3, 2), value)
         torch.save({"embed": head, "head": head}, f"{value}.pt")
@@ -545,7 +572,7 @@ def test_a_candidate_that_is_replaced_before_it_is_copied(candidates: list[str])
     assert not Path("out").exists()
 
 
-def test_the_same_needs_files_and_their_types(here: Path) -> None:
+def test_the_same_needs_files_and_their_types(working_directory: Path) -> None:
     last = open_candidates([state(1.0), state(2.0)])
     with pytest.raises(OutputError, match="state dict 1: is a state dict in memory, which --format same"):
         output_format("same", last, CarriedFiles())
@@ -555,9 +582,9 @@ def test_the_same_needs_files_and_their_types(here: Path) -> None:
         average_fixed(["*.pt"], "out", format="same", dtype="bfloat16")
     average_fixed(["*.pt"], "out", format="same")
     assert torch.load("out/3.0.pt")["w"].dtype == torch.float32
-    (here / "global_step5").mkdir()
-    write_hf(here / "with", 1.0)
-    (here / "with/latest").write_text("global_step5")
+    (working_directory / "global_step5").mkdir()
+    write_hf(working_directory / "with", 1.0)
+    (working_directory / "with/latest").write_text("global_step5")
     with pytest.raises(OutputError, match="holds a checkpoint of DeepSpeed, from which training would resume"):
         average_fixed(["with", "with"], "again", format="same")
     with pytest.raises(ConfigError, match="format"):

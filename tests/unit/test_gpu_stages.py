@@ -50,16 +50,16 @@ def run_here(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tup
 
 def test_every_stage_is_skipped_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, found = run_here(monkeypatch, tmp_path)
-    assert status == 0 and [(row["stage"], row["what"]) for row in found] == [(name, SKIPPED) for name in STAGES]
+    status, actual = run_here(monkeypatch, tmp_path)
+    assert status == 0 and [(row["stage"], row["what"]) for row in actual] == [(name, SKIPPED) for name in STAGES]
     assert f"| waits | {SKIPPED} |" in (tmp_path / "table.md").read_text()
 
 
 def test_a_stage_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STAGES, "kernels", (1, "machine.is_not_there"))
-    status, found = run_here(monkeypatch, tmp_path, "--tiny", "--device", "cpu", "kernels", "machine")
-    assert status == 1 and [row["stage"] for row in found] == ["kernels", "machine", "machine"]
-    assert found[0]["ok"] is False and "AttributeError" in found[0]["measured"]
+    status, actual = run_here(monkeypatch, tmp_path, "--tiny", "--device", "cpu", "kernels", "machine")
+    assert status == 1 and [row["stage"] for row in actual] == ["kernels", "machine", "machine"]
+    assert actual[0]["ok"] is False and "AttributeError" in actual[0]["measured"]
 
 
 @pytest.mark.slow
@@ -69,17 +69,17 @@ def test_all_stages_on_small_data(tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     __main__.write_table(tmp_path)  # as the script does, in a process of its own
-    found = results(tmp_path)
-    assert {row["stage"] for row in found} == set(STAGES)
-    assert {row["stage"] for row in found if row["ok"] is False} <= {"update"}
+    actual = results(tmp_path)
+    assert {row["stage"] for row in actual} == set(STAGES)
+    assert {row["stage"] for row in actual if row["ok"] is False} <= {"update"}
 
 
 def test_times_of_streams() -> None:
-    one = merged([(5, 9), (0, 2), (1, 3), (9, 10)])
-    assert one == [(0, 3), (5, 10)] and length(one) == 8
-    assert intersection(one, [(2, 6)]) == [(2, 3), (5, 6)]
-    said = beside({7: [(0, 4000), (6000, 10_000)], 9: [(3000, 5000)]})
-    assert said == "the model's stream ran 8.00 ms and paused 2.00; others ran 2.00 ms, 50% of it beside the model"
+    first = merged([(5, 9), (0, 2), (1, 3), (9, 10)])
+    assert first == [(0, 3), (5, 10)] and length(first) == 8
+    assert intersection(first, [(2, 6)]) == [(2, 3), (5, 6)]
+    messages = beside({7: [(0, 4000), (6000, 10_000)], 9: [(3000, 5000)]})
+    assert messages == "the model's stream ran 8.00 ms and paused 2.00; others ran 2.00 ms, 50% of it beside the model"
     assert beside({}) == "no kernels in the trace"
 
 

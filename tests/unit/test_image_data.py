@@ -223,7 +223,7 @@ def test_row_groups_are_shuffled_and_read_once(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("table", "options", "said"),
+    ("table", "options", "message"),
     [
         ({"pic": [b"x"], "label": [0]}, {}, r"has no column 'image'.*set task\.image_key"),
         ({"image": [b"x"], "class": [0]}, {}, r"has no column 'label'.*set task\.label_key"),
@@ -236,10 +236,10 @@ def test_row_groups_are_shuffled_and_read_once(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_records_that_cannot_be_used(
-    tmp_path: Path, table: dict[str, list[Any]], options: dict[str, object], said: str
+    tmp_path: Path, table: dict[str, list[Any]], options: dict[str, object], message: str
 ) -> None:
     pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         task_of(save_model(tmp_path / "m"), train=str(tmp_path / "a.parquet"), **options).dataset("train")[0]
 
 
@@ -248,9 +248,11 @@ def test_models_and_data_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.warns(TwaWarning, match="label2id has other names: 'blue', 'red', but not 'blau'"):
         task_of(model, train=folder)
     (tmp_path / "a.csv").write_text("image,label\n")
-    for given, said in {"gone": "does not exist", "a.csv": r"a\.csv cannot hold images"}.items():
-        with pytest.raises(ConfigError, match=rf"task\.train: .*{said}.*Give an \.npz file, a folder of classes, or"):
-            task_of(model, train=str(tmp_path / given))
+    for inputs, messages in {"gone": "does not exist", "a.csv": r"a\.csv cannot hold images"}.items():
+        with pytest.raises(
+            ConfigError, match=rf"task\.train: .*{messages}.*Give an \.npz file, a folder of classes, or"
+        ):
+            task_of(model, train=str(tmp_path / inputs))
     with pytest.raises(ConfigError, match="neither a Hugging Face model directory on disk nor an import path"):
         task_of("no-such-model", train=folder)
     ragged = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 8}, "do_center_crop": False}

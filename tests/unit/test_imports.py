@@ -135,7 +135,7 @@ for module in ("errors", "config", "cli"):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "found"),
+    ("file", "text", "actual"),
     [
         ("low.py", "import os, torch\n", []),
         ("high.py", "from demo.low import x\nfrom demo import low\n", []),
@@ -152,7 +152,7 @@ for module in ("errors", "config", "cli"):
         ("other.py", "", ["no place in the import order"]),
     ],
 )
-def test_the_rule_itself(tmp_path: Path, file: str, text: str, found: list[str]) -> None:
+def test_the_rule_itself(tmp_path: Path, file: str, text: str, actual: list[str]) -> None:
     demo = tmp_path / "demo"
     (demo / "wide").mkdir(parents=True)
     for name in ("__init__.py", "low.py", "wide/__init__.py", "wide/inner.py", "wide/other.py", "high.py"):
@@ -161,8 +161,8 @@ def test_the_rule_itself(tmp_path: Path, file: str, text: str, found: list[str])
     known = modules(demo)
     module = next(name for name, path in known.items() if path == demo / file)
     messages = violations(module, known, ["low", "wide", "high"])
-    assert len(messages) == len(found)
-    assert all(part in message for part, message in zip(found, messages, strict=True))
+    assert len(messages) == len(actual)
+    assert all(part in message for part, message in zip(actual, messages, strict=True))
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:

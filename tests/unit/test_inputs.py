@@ -31,7 +31,7 @@ MAKERS: list[Callable[[Path], None]] = [os.mkfifo, os.mkdir, make_socket, make_l
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
     return tmp_path
 
@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_only_regular_files_are_opened(here: Path, make: Callable[[Path], None]) -> None:
+def test_only_regular_files_are_opened(working_directory: Path, make: Callable[[Path], None]) -> None:
     make(Path("x"))
     for reads in (lambda: open_regular("x"), lambda: read_bounded("x", 100)):
         with pytest.raises(CandidateError, match=r"^x: cannot be read: it is a.*, not a regular file"):
@@ -49,7 +49,7 @@ def test_only_regular_files_are_opened(here: Path, make: Callable[[Path], None])
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.bin", "model.safetensors.index.json"])
-def test_candidates_are_regular_files(here: Path, name: str, make: Callable[[Path], None]) -> None:
+def test_candidates_are_regular_files(working_directory: Path, name: str, make: Callable[[Path], None]) -> None:
     if make is os.mkdir:
         pytest.skip("a directory is searched for weights")
     make(Path(name))
@@ -58,18 +58,18 @@ def test_candidates_are_regular_files(here: Path, name: str, make: Callable[[Pat
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_configuration_is_a_regular_file(here: Path, make: Callable[[Path], None]) -> None:
+def test_configuration_is_a_regular_file(working_directory: Path, make: Callable[[Path], None]) -> None:
     make(Path("x.yaml"))
     with pytest.raises(ConfigError, match=r"^x\.yaml: cannot be read: it is a"):
         load_config("x.yaml")
 
 
-def test_data_files_are_regular(here: Path) -> None:
+def test_data_files_are_regular(working_directory: Path) -> None:
     Path("data").mkdir()
     Path("data/a.txt").write_text("text")
     os.mkfifo("data/b.txt")
-    found = split_files(SplitFiles(all=["data"]), Fractions(), 0, (".txt",), "task.text")
-    assert [path for paths in found.values() for path in paths] == [Path("data/a.txt")]
+    actual = split_files(SplitFiles(all=["data"]), Fractions(), 0, (".txt",), "task.text")
+    assert [path for paths in actual.values() for path in paths] == [Path("data/a.txt")]
 
 
 def test_path_with_a_zero_byte() -> None:
@@ -77,7 +77,7 @@ def test_path_with_a_zero_byte() -> None:
         open_regular("a\0b")
 
 
-def test_file_larger_than_its_limit(here: Path) -> None:
+def test_file_larger_than_its_limit(working_directory: Path) -> None:
     Path("x").write_bytes(b"12345")
     assert read_bounded("x", 5) == b"12345"
     with pytest.raises(ConfigError, match=r"^x: is larger than 4 bytes"):
@@ -90,7 +90,7 @@ def test_file_larger_than_its_limit(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [
         (b"[" * N + b"]" * N, "nested more than"),
         (b'{"a":' * N, "nested more than"),
@@ -104,8 +104,8 @@ def test_file_larger_than_its_limit(here: Path) -> None:
         (b"1" * N, "digits"),
     ],
 )
-def test_invalid_json(raw: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_json(raw: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_json(raw)
 
 
@@ -142,7 +142,7 @@ def bomb(levels: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (bomb(12), "more than 20000 values"),
         ("a: &a [*a]", r"the alias \*a is inside its own value"),
@@ -159,9 +159,9 @@ def bomb(levels: int) -> str:
         ("a: \0", "not valid YAML"),
     ],
 )
-def test_invalid_yaml(here: Path, text: str, said: str) -> None:
+def test_invalid_yaml(working_directory: Path, text: str, message: str) -> None:
     Path("x.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=said) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         load_config("x.yaml")
     assert str(error.value).startswith("x.yaml: is not valid YAML: ")
 
@@ -169,19 +169,19 @@ def test_invalid_yaml(here: Path, text: str, said: str) -> None:
 @pytest.mark.parametrize(
     "value", ["[" * 1000, "&a [*a]", "!!int ''", "{a: &a [x,x,x,x], b: &b [*a,*a,*a], c: [*b" + ",*b" * 2000 + "]}"]
 )
-def test_invalid_overrides(here: Path, value: str) -> None:
+def test_invalid_overrides(working_directory: Path, value: str) -> None:
     Path("x.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"^override .seed=.*not valid YAML"):
         load_config("x.yaml", [f"seed={value}"])
 
 
-def test_override_with_too_many_levels(here: Path) -> None:
+def test_override_with_too_many_levels(working_directory: Path) -> None:
     Path("x.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"^override 'deepspeed\.a"):
         load_config("x.yaml", ["deepspeed." + "a." * 30_000 + "a=1"])
 
 
-def test_configuration_has_bounds(here: Path) -> None:
+def test_configuration_has_bounds(working_directory: Path) -> None:
     Path("x.json").write_text("[" * N + "]" * N)
     with pytest.raises(ConfigError, match=r"^x\.json: is not valid JSON: it is nested more than"):
         load_config("x.json")
@@ -193,7 +193,7 @@ def test_configuration_has_bounds(here: Path) -> None:
         load_config("x.yaml")
 
 
-def test_anchors_and_merges_of_yaml(here: Path) -> None:
+def test_anchors_and_merges_of_yaml(working_directory: Path) -> None:
     Path("x.yaml").write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\n")
     with pytest.raises(ConfigError, match="unknown key 'a'"):  # it was parsed
         load_config("x.yaml")
@@ -207,7 +207,7 @@ def write_header(path: Path, header: bytes, data: bytes = b"") -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    ("header", "message"),
     [
         (b'{"a":' + b"[" * N + b"]" * N + b"}", "nested more than"),
         (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}', "is given twice"),
@@ -222,15 +222,17 @@ def write_header(path: Path, header: bytes, data: bytes = b"") -> None:
         (b'{"a\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', "surrogates"),
     ],
 )
-def test_invalid_headers(here: Path, header: bytes, said: str) -> None:
+def test_invalid_headers(working_directory: Path, header: bytes, message: str) -> None:
     write_header(Path("x.safetensors"), header)
     with pytest.raises(CandidateError) as error:
         open_candidates(["x.safetensors"], minimum=1)
-    assert str(error.value).startswith("x.safetensors: ") and said in str(error.value) and len(str(error.value)) < 1000
+    assert (
+        str(error.value).startswith("x.safetensors: ") and message in str(error.value) and len(str(error.value)) < 1000
+    )
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "said"),
+    ("weight_map", "message"),
     [
         ('{"w": "model.safetensors.index.json"}', "is an index"),
         ('{"w": "other.index.json"}', "is an index"),
@@ -240,16 +242,16 @@ def test_invalid_headers(here: Path, header: bytes, said: str) -> None:
         ('{"w": "pipe.safetensors"}', "not there"),
     ],
 )
-def test_invalid_indexes(here: Path, weight_map: str, said: str) -> None:
+def test_invalid_indexes(working_directory: Path, weight_map: str, message: str) -> None:
     Path("other.index.json").write_text('{"weight_map": {"w": "model.safetensors.index.json"}}')
     os.mkfifo("pipe.safetensors")
     Path("model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
     with pytest.raises(TwaError) as error:
         open_candidates(["model.safetensors.index.json"], minimum=1)
-    assert str(error.value).startswith("model.safetensors.index.json: ") and said in str(error.value)
+    assert str(error.value).startswith("model.safetensors.index.json: ") and message in str(error.value)
 
 
-def test_link_to_a_regular_file(here: Path) -> None:
+def test_link_to_a_regular_file(working_directory: Path) -> None:
     """The caches of Hugging Face contain links."""
     save_file({"w": torch.ones(2)}, "blob")
     Path("model.safetensors").symlink_to("blob")

@@ -39,16 +39,16 @@ def check_segments(kernels: Kernels, rows: Rows, segments: Segments, dtypes: Seq
     (n, m), count = values.shape, segments.count
     gradient, weights, base = torch.randn(m), torch.randn(n, count), torch.randn(m)
     size, g, w = bounds(rows, values), gradient.double().abs(), weights.double().abs()
-    found = kernels.project(rows, gradient, segments)
-    assert found.dtype == torch.float64 and found.shape == (n, count)
+    actual = kernels.project(rows, gradient, segments)
+    assert actual.dtype == torch.float64 and actual.shape == (n, count)
     off = 2e-6 * sums_of(size * g, segments) + half * sums_of(size, segments) * (g.amax() if m else 0) + 1e-30
-    assert ((found - sums_of(values * gradient.double(), segments)).abs() <= off).all()
-    assert ((found.sum(1) - kernels.project(rows, gradient)).abs() <= 2 * off.sum(1)).all()
+    assert ((actual - sums_of(values * gradient.double(), segments)).abs() <= off).all()
+    assert ((actual.sum(1) - kernels.project(rows, gradient)).abs() <= 2 * off.sum(1)).all()
     out, each = torch.full((m,), torch.nan), w[:, of] * size
     kernels.combine(rows, weights, base, 0.7, out, segments)
-    want = 0.7 * base.double() + (weights[:, of].double() * values).sum(0)
+    expected = 0.7 * base.double() + (weights[:, of].double() * values).sum(0)
     above = 3e-6 * (each.sum(0) + base.abs()) + half * n * torch.maximum(each.amax(0), each.sum(0) / 128) + 1e-30
-    assert ((out.double() - want).abs() <= above).all()
+    assert ((out.double() - expected).abs() <= above).all()
     for dtype in dtypes:
         rounded = torch.full((m,), torch.nan, dtype=dtype)
         kernels.combine(rows, weights, base, 0.7, rounded, segments)
@@ -86,16 +86,16 @@ def test_threads_do_not_change_results(kind: str, length: int) -> None:
     rows, segments, gradient, base = make(kind, torch.randn(8, m), 50), Segments(length, 55, m), *torch.randn(2, m)
     weights = torch.randn(8, segments.count)
     try:
-        found, outs = [], []
+        actual, outs = [], []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(fast.project(rows, gradient, segments))
+            actual.append(fast.project(rows, gradient, segments))
             outs.append(torch.empty(m))
             fast.combine(rows, weights, base, 0.7, outs[-1], segments)
     finally:
         torch.set_num_threads(before)
-    for sums, out in zip(found[1:], outs[1:], strict=True):
-        torch.testing.assert_close(sums, found[0], rtol=0, atol=1e-10 * float(found[0].abs().max()) + 1e-9)
+    for sums, out in zip(actual[1:], outs[1:], strict=True):
+        torch.testing.assert_close(sums, actual[0], rtol=0, atol=1e-10 * float(actual[0].abs().max()) + 1e-9)
         assert torch.equal(out, outs[0])
 
 
@@ -137,18 +137,18 @@ def test_stores(name: str, length: int, span: Span, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(in_memory, "_CPU_SUMS", 0)  # pieces of one run of tiles
     n, m = 3, len(span)
     store, segments, gradient = stores_of(name, torch.randn(n, m), span), Segments(length, 11, m), torch.randn(m)
-    held = torch.empty(n + 1, m)
-    for row, weights in zip(held, torch.eye(n + 1), strict=True):
+    stored = torch.empty(n + 1, m)
+    for row, weights in zip(stored, torch.eye(n + 1), strict=True):
         store.combine(span, weights[:-1], float(weights[-1]), row)
     for with_center in (False, True):
-        found = torch.zeros(n + 1, segments.count, dtype=torch.float64)
+        actual = torch.zeros(n + 1, segments.count, dtype=torch.float64)
         for sums in store.project_rows(span, gradient, with_center, segments):
-            found[:, sums.segments] += sums.products
-        want = sums_of((held * gradient).double(), segments)
-        want[-1] *= with_center
-        torch.testing.assert_close(found, want, rtol=2e-3, atol=0.02)
+            actual[:, sums.segments] += sums.products
+        expected = sums_of((stored * gradient).double(), segments)
+        expected[-1] *= with_center
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=0.02)
     weights, out = torch.randn(n, segments.count), torch.empty(m)
     store.combine(span, weights, 0.7, out, segments)
-    want = 0.7 * held[-1] + (weights[:, segment_of(segments)] * held[:-1]).sum(0)
-    torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
+    expected = 0.7 * stored[-1] + (weights[:, segment_of(segments)] * stored[:-1]).sum(0)
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
     store.close()

@@ -72,16 +72,16 @@ def step(kernels: Kernels, rows: Rows) -> float:
 def check(kernels: Kernels, rows: Rows, gradient: Tensor, weights: Tensor, base: Tensor) -> None:
     values, half = exact(rows), step(kernels, rows)
     size, g, w = bounds(rows, values), gradient.double().abs(), weights.double().abs()
-    found = kernels.project(rows, gradient)
-    assert found.dtype == torch.float64 and found.shape == (len(values),)
+    actual = kernels.project(rows, gradient)
+    assert actual.dtype == torch.float64 and actual.shape == (len(values),)
     off = 2e-6 * (size @ g) + half * size.sum(1) * (g.amax() if len(g) else 0) + 1e-30
-    assert ((found - values @ gradient.double()).abs() <= off).all()
-    want = 0.7 * base.double() + weights.double() @ values
+    assert ((actual - values @ gradient.double()).abs() <= off).all()
+    expected = 0.7 * base.double() + weights.double() @ values
     each = w[:, None] * size
     above = 3e-6 * (each.sum(0) + base.abs()) + half * len(w) * torch.maximum(each.amax(0), each.sum(0) / 128) + 1e-30
     out = torch.full_like(base, torch.nan)
     kernels.combine(rows, weights, base, 0.7, out)
-    assert ((out.double() - want).abs() <= above).all()
+    assert ((out.double() - expected).abs() <= above).all()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         rounded = torch.full_like(base, torch.nan, dtype=dtype)
         kernels.combine(rows, weights, base, 0.7, rounded)
@@ -90,8 +90,8 @@ def check(kernels: Kernels, rows: Rows, gradient: Tensor, weights: Tensor, base:
         torch.testing.assert_close(rounded, out.to(dtype), rtol=room, atol=0)
     # The adjoint: <project(g), u> = <g, combine(u)> around a center of zero.
     kernels.combine(rows, weights, torch.zeros_like(base), 0.0, out)
-    left, right = found @ weights.double(), gradient.double() @ out.double()
-    assert (left - right).abs() <= w @ off + g @ above
+    left, rhs = actual @ weights.double(), gradient.double() @ out.double()
+    assert (left - rhs).abs() <= w @ off + g @ above
 
 
 @kernels_and_kinds
@@ -120,15 +120,15 @@ def test_threads_do_not_change_results(kind: str) -> None:
     rows, gradient = make(kind, torch.randn(8, 400_003), 50), torch.randn(400_003)
     fast, before = NumbaKernels(), torch.get_num_threads()
     try:
-        found = []
+        actual = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(fast.project(rows, gradient))
+            actual.append(fast.project(rows, gradient))
             check(fast, rows, gradient, torch.randn(8), torch.randn(400_003))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[1], found[3])
-    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-10 * float(found[0].abs().max()) + 1e-9)
+    assert torch.equal(actual[1], actual[3])
+    torch.testing.assert_close(actual[0], actual[2], rtol=0, atol=1e-10 * float(actual[0].abs().max()) + 1e-9)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
@@ -140,17 +140,17 @@ def test_combine_does_not_depend_on_alignment(bits: int, dtype: torch.dtype) -> 
     rows = make(f"packed{bits}", torch.randn(3, m), 5)
     weights, base = torch.randn(3), torch.randn(m)
     base[7000], base[8000] = torch.nan, torch.inf
-    want = torch.empty(m)
-    TorchKernels().combine(rows, weights, base, 0.9, want)
-    found = []
+    expected = torch.empty(m)
+    TorchKernels().combine(rows, weights, base, 0.9, expected)
+    actual = []
     for offset in range(0, 33):
         memory = torch.full((m + 256,), 7.0, dtype=dtype)
         out = memory[64 + offset : 64 + offset + m]
         fast.combine(rows, weights, base, 0.9, out)
         assert (memory[: 64 + offset] == 7).all() and (memory[64 + offset + m :] == 7).all()
-        found.append(out.nan_to_num(1234, 5678))
-    assert all(torch.equal(one, found[0]) for one in found)
-    torch.testing.assert_close(found[0].float(), want.nan_to_num(1234, 5678), rtol=0.01, atol=1e-3)
+        actual.append(out.nan_to_num(1234, 5678))
+    assert all(torch.equal(item, actual[0]) for item in actual)
+    torch.testing.assert_close(actual[0].float(), expected.nan_to_num(1234, 5678), rtol=0.01, atol=1e-3)
 
 
 @kernels_and_kinds
@@ -158,8 +158,10 @@ def test_combine_does_not_depend_on_alignment(bits: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_gradients_of_other_types(kernels: Kernels, kind: str, dtype: torch.dtype) -> None:
     rows, gradient = make(kind, torch.randn(3, 777)), torch.randn(777).to(dtype)
-    want = exact(rows) @ gradient.double()
-    torch.testing.assert_close(kernels.project(rows, gradient), want, rtol=1e-4, atol=1e-3 + 300 * step(kernels, rows))
+    expected = exact(rows) @ gradient.double()
+    torch.testing.assert_close(
+        kernels.project(rows, gradient), expected, rtol=1e-4, atol=1e-3 + 300 * step(kernels, rows)
+    )
 
 
 @kernels_and_kinds
@@ -185,9 +187,9 @@ def test_denormals_and_large_numbers(kernels: Kernels) -> None:
 
 def test_dense_rows_are_written_in_any_pieces() -> None:
     values = torch.randn(3, 1000)
-    for cuts in ([0, 1000], [0, 1, 127, 128, 129, 400, 999, 1000], [0, 300, 556, 1000]):
+    for parts in ([0, 1000], [0, 1, 127, 128, 129, 400, 999, 1000], [0, 300, 556, 1000]):
         rows = Dense.empty(3, 1000, torch.float32, CPU)
-        for start, stop in pairwise(cuts):
+        for start, stop in pairwise(parts):
             rows.write(start, values[:, start:stop])
         assert torch.equal(exact(rows), values.double())
 
@@ -264,12 +266,12 @@ print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.val
 """
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program]
-    together = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in together:  # ranks start at the same time
+    combined = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in combined:  # ranks start at the same time
         out, _ = process.communicate(timeout=200)
         assert process.returncode == 0 and sum(map(int, out.split())) == 3
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
-    assert again.stdout.split() == ["3", "0"]
+    repeated = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    assert repeated.stdout.split() == ["3", "0"]
 
 
 @pytest.mark.slow

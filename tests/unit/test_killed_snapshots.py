@@ -90,14 +90,14 @@ def three(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("life", [save_fourth, save_fourth_asynchronously])
 def test_a_step_is_written_and_the_oldest_deleted_or_neither(three: Path, life: Life, number: signal.Signals) -> None:
-    found = []
+    actual = []
     for directory in after_kills(life, three, number):
-        found.append(visible(directory))
+        actual.append(visible(directory))
         save(directory)
-        wanted = {2, 3, 4} if 4 in found[-1] else {1, 2, 3}
+        wanted = {2, 3, 4} if 4 in actual[-1] else {1, 2, 3}
         assert {path.name for path in directory.iterdir()} == {f"step-{step:08d}" for step in wanted}
         assert visible(directory) == wanted
-    assert [steps for i, steps in enumerate(found) if steps not in found[:i]] == [{1, 2, 3}, {1, 2, 3, 4}, {2, 3, 4}]
+    assert [steps for i, steps in enumerate(actual) if steps not in actual[:i]] == [{1, 2, 3}, {1, 2, 3, 4}, {2, 3, 4}]
 
 
 def test_the_next_start_is_killed_too(three: Path) -> None:

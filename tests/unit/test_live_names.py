@@ -204,7 +204,7 @@ def test_what_only_its_name_in_the_model_leaves_out_is_said(tmp_path: Path) -> N
     paths = saved(tmp_path, lambda name: f"enc.{name}", **{"1.more": torch.ones(2)})
     with pytest.warns(UserWarning, match=r"`ignore` also matches '1\.bias', '1\.weight' of the model"):
         twa_scale.attach(net(), paths, {"ignore": ["^1"], "missing": "keep"}).close()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         twa_scale.attach(net(), paths, {"ignore": [r"^1\.more$"]})
-    assert not any("also matches" in str(one.message) for one in said)
+    assert not any("also matches" in str(item.message) for item in messages)

@@ -24,10 +24,10 @@ def hold(directory: Path, pipe: Connection) -> None:
 
 
 def test_lock_ends_with_its_owner(tmp_path: Path) -> None:
-    here, there = multiprocessing.Pipe()
+    working_directory, there = multiprocessing.Pipe()
     owner = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, there), daemon=True)
     owner.start()
-    pid = here.recv()
+    pid = working_directory.recv()
     lock = DirectoryLock(tmp_path)
     with pytest.raises(OutputError, match=rf"{tmp_path}.*process {pid} on host"):
         lock.take()

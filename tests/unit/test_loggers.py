@@ -32,8 +32,8 @@ def records(directory: Path, step: int = 0, **options: Any) -> Records:
 
 def settings(output: Path, *names: str) -> RunConfig:
     task = {"name": "tests.commands.material:half_a_task"}
-    given = {"candidates": "none", "output": str(output), "task": task, "steps": 1}
-    return validated(RunConfig, given | {"report_to": list(names)})
+    inputs = {"candidates": "none", "output": str(output), "task": task, "steps": 1}
+    return validated(RunConfig, inputs | {"report_to": list(names)})
 
 
 def test_csv_has_a_column_for_each_metric(tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_csv_has_a_column_for_each_metric(tmp_path: Path) -> None:
 
 
 def test_csv_on_a_full_disk(tmp_path: Path) -> None:
-    said: list[str] = []
-    file = Records(tmp_path, active=True, step=0, log=said.append, report_to=["csv"])
+    messages: list[str] = []
+    file = Records(tmp_path, active=True, step=0, log=messages.append, report_to=["csv"])
     file.write(1, {"loss": 0.5})
     with files_up_to(12):
         file.write(2, {"loss": 0.25})
@@ -67,16 +67,16 @@ def test_csv_on_a_full_disk(tmp_path: Path) -> None:
     assert [(row["step"], row["lr"]) for row in rows(tmp_path)] == [
         ("1", ""), ("2", ""), ("3", "1.0"), ("4", "1.0"), ("5", "1.0"),
     ]  # fmt: skip
-    assert sum(CSV in text for text in said) in (1, 2) and all("The run continues" in text for text in said)
+    assert sum(CSV in text for text in messages) in (1, 2) and all("The run continues" in text for text in messages)
 
 
 def test_names_in_the_configuration(tmp_path: Path) -> None:
     assert settings(tmp_path).report_to == []
-    given = {"candidates": "x", "output": "y", "task": {"name": "causal_lm"}, "steps": 1}
-    assert validated(RunConfig, given).report_to == ["tensorboard"]
-    assert validated(RunConfig, given | {"report_to": "csv"}).report_to == ["csv"]
+    inputs = {"candidates": "x", "output": "y", "task": {"name": "causal_lm"}, "steps": 1}
+    assert validated(RunConfig, inputs).report_to == ["tensorboard"]
+    assert validated(RunConfig, inputs | {"report_to": "csv"}).report_to == ["csv"]
     with pytest.raises(ConfigError, match=r"report_to.*'wandb'"):
-        validated(RunConfig, given | {"report_to": ["neptune"]})
+        validated(RunConfig, inputs | {"report_to": ["neptune"]})
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -95,10 +95,10 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    said: list[str] = []
+    messages: list[str] = []
     config = settings(tmp_path / "out", "mlflow")
     for resumed in (False, True):
-        services = Services(said.append)
+        services = Services(messages.append)
         (tmp_path / "out").mkdir(exist_ok=True)
         services.begin(config, resumed=resumed)
         lines = records(tmp_path / "out", step=resumed, services=services)
@@ -108,13 +108,13 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = client.search_runs([client.get_experiment_by_name("twa_scale").experiment_id])
     assert run.info.status == "FINISHED" and run.data.params["optimizer.name"] == "adamw"
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 0.5), (2, 0.5)]
-    services = Services(said.append)
+    services = Services(messages.append)
     services.begin(config, resumed=True)
     shutil.rmtree(tmp_path / "store")
     for step in (3, 4):
         services.write({"step": step, "loss": 0.5})
     services.close(finished=True)
-    assert len(said) == 1 and "mlflow failed at step 3" in said[0]
+    assert len(messages) == 1 and "mlflow failed at step 3" in messages[0]
     with pytest.raises(ConfigError, match="mlflow could not begin a run"):
         services.begin(config, resumed=True)
 

@@ -76,13 +76,13 @@ def test_equals_the_dense_sum_on_any_number_of_ranks(ranks: Pool, tmp_path: Path
         chunk=chunk,
         output=OutputOptions(max_shard_size=900),
     )
-    found: Tensors = {}
+    actual: Tensors = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
-        found |= load_file(file)
+        actual |= load_file(file)
     for name, value in expected(states).items():
-        assert found[name].dtype == states[-1][name].dtype and found[name].shape == states[-1][name].shape
-        tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-14}.get(found[name].dtype, 0)
-        torch.testing.assert_close(found[name].double(), value.double(), rtol=tolerance, atol=tolerance)
+        assert actual[name].dtype == states[-1][name].dtype and actual[name].shape == states[-1][name].shape
+        tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-14}.get(actual[name].dtype, 0)
+        torch.testing.assert_close(actual[name].double(), value.double(), rtol=tolerance, atol=tolerance)
 
     floats = ["big", "half", "wide", "scalar"]
     copied = ["bias", "steps", "flags"]  # of all, to see whether they differ
@@ -120,7 +120,7 @@ def test_candidates_of_weight_zero_are_not_read(tmp_path: Path) -> None:
 
 def test_types_and_replacements(tmp_path: Path) -> None:
     states = [tensors(i) for i in range(3)]
-    told: list[tuple[int, int]] = []
+    messages: list[tuple[int, int]] = []
     merge(
         open_candidates(states),
         tmp_path / "out",
@@ -128,14 +128,14 @@ def test_types_and_replacements(tmp_path: Path) -> None:
         Group.alone(),
         output=OutputOptions(dtype=torch.float16),
         carried=CarriedFiles(files={"config.json": b"{}"}),
-        progress=lambda nbytes, total: told.append((nbytes, total)),
+        progress=lambda nbytes, total: messages.append((nbytes, total)),
     )
-    found = load_file(tmp_path / "out/model.safetensors")
-    assert {n for n, t in found.items() if t.dtype == torch.float16} == {"big", "half", "wide", "bias", "scalar"}
-    assert found["scalar"] == 9 and found["steps"] == 7 and found["flags"].dtype == torch.bool
+    actual = load_file(tmp_path / "out/model.safetensors")
+    assert {n for n, t in actual.items() if t.dtype == torch.float16} == {"big", "half", "wide", "bias", "scalar"}
+    assert actual["scalar"] == 9 and actual["steps"] == 7 and actual["flags"].dtype == torch.bool
     assert (tmp_path / "out/config.json").read_bytes() == b"{}"
     read = sum(s[n].nbytes for s in states for n in ("big", "half", "wide", "bias", "flags"))
-    assert sum(nbytes for nbytes, _ in told) == read and {total for _, total in told} == {read}
+    assert sum(nbytes for nbytes, _ in messages) == read and {total for _, total in messages} == {read}
 
 
 # What must not be published
@@ -176,8 +176,8 @@ def test_a_copy_of_a_candidate_is_reported(tmp_path: Path) -> None:
 def test_candidates_of_weight_zero_are_not_compared(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"step-{i}").mkdir()
-        held = {"w": torch.full((3,), float(i)), "position_ids": torch.arange(4)}  # integers of all are read
-        save_file(held, tmp_path / f"step-{i}/model.safetensors")
+        stored = {"w": torch.full((3,), float(i)), "position_ids": torch.arange(4)}  # integers of all are read
+        save_file(stored, tmp_path / f"step-{i}/model.safetensors")
     average_fixed([f"{tmp_path}/step-*"], tmp_path / "out", weights="last")
 
 
@@ -206,8 +206,8 @@ def test_result_that_overflows_the_dtype(tmp_path: Path) -> None:
 
 def test_replacements_must_fit(tmp_path: Path) -> None:
     candidates = open_candidates([tensors(0), tensors(1)])
-    for name, said in (("bias", r"\(4,\)"), ("bais", "did you mean 'bias'")):
-        with pytest.raises(CandidateError, match=said):
+    for name, messages in (("bias", r"\(4,\)"), ("bais", "did you mean 'bias'")):
+        with pytest.raises(CandidateError, match=messages):
             merge(candidates, tmp_path / "out", Combination(lambda _: 0, values={name: torch.ones(4)}), Group.alone())
 
 

@@ -59,10 +59,10 @@ def test_only_names_on_the_hub_are_base_models(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("here/base").mkdir(parents=True)
-    found = card_of(config(_name_or_path=name), origin(weights=[0.5, 0.5])).data.base_model
-    assert found == (name if known else None)
+    actual = card_of(config(_name_or_path=name), origin(weights=[0.5, 0.5])).data.base_model
+    assert actual == (name if known else None)
     if known:
-        huggingface_hub.utils.validate_repo_id(found)
+        huggingface_hub.utils.validate_repo_id(actual)
 
 
 def test_candidates_from_the_hub_and_adapters() -> None:
@@ -88,16 +88,16 @@ def test_the_card_of_a_candidate_is_kept() -> None:
     assert text.startswith(CARD.rstrip()) and "those of the last checkpoint" in text
     card = huggingface_hub.ModelCard(text)
     assert card.data.license == "mit" and card.data.tags == ["chat"]
-    again = with_card(first, origin("z-1", weights=[1.0]))["README.md"].decode()  # an average of averages
-    assert again.startswith(CARD.rstrip()) and again.count("twa_scale: begin") == 1
-    assert "z-1" in again and "x-1" not in again
+    repeated = with_card(first, origin("z-1", weights=[1.0]))["README.md"].decode()  # an average of averages
+    assert repeated.startswith(CARD.rstrip()) and repeated.count("twa_scale: begin") == 1
+    assert "z-1" in repeated and "x-1" not in repeated
 
 
 def test_our_own_card_is_made_anew() -> None:
     first = with_card(config(), origin(weights=[0.5, 0.5]))
-    again = huggingface_hub.ModelCard(with_card(first, origin("z-1", weights=[1.0]))["README.md"].decode())
-    assert again.data.base_model == "acme/tiny-llama" and "z-1" in again.text and "x-1" not in again.text
-    assert "# Average of 1 checkpoint\n" in again.text and "last checkpoint" not in again.text
+    repeated = huggingface_hub.ModelCard(with_card(first, origin("z-1", weights=[1.0]))["README.md"].decode())
+    assert repeated.data.base_model == "acme/tiny-llama" and "z-1" in repeated.text and "x-1" not in repeated.text
+    assert "# Average of 1 checkpoint\n" in repeated.text and "last checkpoint" not in repeated.text
 
 
 def test_weights_of_any_kind_have_a_card() -> None:
@@ -123,13 +123,13 @@ def test_running_averages_say_their_settings() -> None:
         "ema:half-life:0.1": ("half_life", 0.1, ", half-life 0.1"),
         "bema": ("bema", {"ema_power": 0.5, "bias_power": 0.2, "lag": 10.0, "multiplier": 1.0}, ""),
     }
-    for name, (key, value, said) in own.items():
+    for name, (key, value, messages) in own.items():
         of = averages.origin(name)
         assert of["ema"] == {**shared, key: value}
         card = card_of(config(), of)
         kind = "a bias-corrected exponential" if key == "bema" else "an exponential"
         assert "# Running average of a training\n" in card.text and "has the settings.\n" in card.text
-        assert f"The weights are {kind} average (<code>{name}</code>{said}) at step 4. twa_scale " in card.text
+        assert f"The weights are {kind} average (<code>{name}</code>{messages}) at step 4. twa_scale " in card.text
         assert card.data.tags == ["weight-averaging", "twa_scale"] and "| " not in card.text
     last = card_of(config(), averages.origin("last"))
     assert "The weights are the trained weights at step 4. twa_scale" in last.text and last.data.tags == ["twa_scale"]

@@ -37,11 +37,11 @@ def resident(config: TwaConfig, n: int) -> Store:
 def check(one: Store, other: Store, span: Span, n: int, with_center: bool, dtype: torch.dtype = torch.float32) -> None:
     """The same weights; the same products but for the order of float64 sums, and for where the center's tiles begin."""
     gradient, weights = torch.randn(len(span)), torch.randn(n)
-    found = [store.project(span, gradient, with_center) for store in (one, other)]
-    assert found[0].dtype == torch.float64 and found[0].shape == (n + 1,)
-    torch.testing.assert_close(found[1][:-1], found[0][:-1], rtol=1e-12, atol=1e-10)
-    torch.testing.assert_close(found[1][-1], found[0][-1], rtol=1e-6, atol=1e-6 * len(span) ** 0.5)
-    assert bool(found[1][-1]) == (with_center and len(span) > 0)
+    actual = [store.project(span, gradient, with_center) for store in (one, other)]
+    assert actual[0].dtype == torch.float64 and actual[0].shape == (n + 1,)
+    torch.testing.assert_close(actual[1][:-1], actual[0][:-1], rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(actual[1][-1], actual[0][-1], rtol=1e-6, atol=1e-6 * len(span) ** 0.5)
+    assert bool(actual[1][-1]) == (with_center and len(span) > 0)
     outs = [torch.full((len(span),), torch.nan, dtype=dtype) for _ in range(2)]
     for store, out in zip((one, other), outs, strict=True):
         store.combine(span, weights, 0.7, out)
@@ -94,18 +94,18 @@ def test_parts_of_a_span_are_read_where_they_are(name: Any, part: int) -> None:
     torch.manual_seed(0)
     n, count, config = 3, 5, TwaConfig(store=name)
     span = Span("w", 0, count * part)
-    cuts = [(i * part, Span("w", i * part, (i + 1) * part)) for i in range(count)]
+    pieces = [(i * part, Span("w", i * part, (i + 1) * part)) for i in range(count)]
     gradient, values = torch.randn(len(span)), torch.randn(n, len(span))
     for store in (resident(config, n), offloaded(config, n, 4096)):
         window: Any = Held(store, span, values)
-        parts = WindowStore(window, store.coding, {span: cuts})
-        products = [parts.project(cut, gradient[start : start + part], True) for start, cut in cuts]
+        parts = WindowStore(window, store.coding, {span: pieces})
+        products = [parts.project(piece, gradient[start : start + part], True) for start, piece in pieces]
         torch.testing.assert_close(sum(products), store.project(span, gradient, True), rtol=1e-5, atol=1e-3)
         whole, weights = torch.empty(len(span)), torch.randn(n)
         store.combine(span, weights, 0.7, whole)
-        for start, cut in cuts:
+        for start, indices in pieces:
             out = torch.full((part,), torch.nan)
-            parts.combine(cut, weights, 0.7, out)
+            parts.combine(indices, weights, 0.7, out)
             assert torch.equal(out, whole[start : start + part])
         store.close()
 
@@ -115,14 +115,14 @@ def test_products_of_whole_tiles_are_exact_parts(name: Any) -> None:
     """Where every sum is exact in float32 the order cannot matter: pieces leave nothing out and count nothing twice."""
     n, m, start = 4, 50_003, 77
     span, config = Span("w", start, start + m), TwaConfig(store=name)
-    one, other = resident(config, n), offloaded(config, n, 30_000)
+    first, second = resident(config, n), offloaded(config, n, 30_000)
     signs = torch.randint(0, 2, (2, m)) * 2.0 - 1
-    for store in (one, other):
+    for store in (first, second):
         fill(store, span, 1 + torch.cat([signs, -signs]))
     gradient = torch.randint(-4, 5, (m,)).float()
-    found = [store.project(span, gradient, True) for store in (one, other)]
-    assert torch.equal(*found)
-    assert found[1][-1] == gradient.sum()
+    actual = [store.project(span, gradient, True) for store in (first, second)]
+    assert torch.equal(*actual)
+    assert actual[1][-1] == gradient.sum()
 
 
 @each_store
@@ -139,8 +139,8 @@ def test_many_spans_share_two_buffers(name: Any) -> None:
     for _ in range(2):
         for span in spans:
             check(*stores, span, n, True)
-    held = stores[1]._staging.nbytes
-    assert held <= 2 * (buffer + 3 * 256) < stores[1].nbytes
+    stored = stores[1]._staging.nbytes
+    assert stored <= 2 * (buffer + 3 * 256) < stores[1].nbytes
     stores[1].close()
     assert stores[1].nbytes == 0
 
@@ -157,9 +157,9 @@ def test_what_is_lent_stays_until_the_buffer_is_lent_again() -> None:
     staging.reserve(tensors)
     staging.reserve(tensors[:1])
     with staging.lend(tensors) as first, staging.lend([-t for t in tensors]) as second:
-        for host, one, other in zip(tensors, first, second, strict=True):
-            assert torch.equal(one, host) and torch.equal(other, -host)
-            assert one.data_ptr() % 64 == 0 and one.data_ptr() != host.data_ptr()
+        for host, first_copy, second_copy in zip(tensors, first, second, strict=True):
+            assert torch.equal(first_copy, host) and torch.equal(second_copy, -host)
+            assert first_copy.data_ptr() % 64 == 0 and first_copy.data_ptr() != host.data_ptr()
     with staging.lend(tensors[:1]) as third:
         assert third[0].data_ptr() == first[0].data_ptr()
     staging.close()
@@ -196,7 +196,7 @@ def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name:
         twa.close()
         return [twa.coefficients, *(p.detach().clone() for p in model.parameters())]
 
-    want = train()
+    expected = train()
     made: list[OffloadedStore] = []
 
     def make(config: TwaConfig, n: int, device: torch.device, mapped: object, coding: Coding) -> Store:
@@ -204,6 +204,6 @@ def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name:
         return made[-1]
 
     monkeypatch.setattr(import_module("twa_scale.average.attach"), "make_store", make)
-    for one, other in zip(train(), want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for first, second in zip(train(), expected, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
     assert len(made) == 1 and made[0]._staging.nbytes > 0

@@ -27,10 +27,10 @@ def written(file: Path, scale: float = 1.0, **metadata: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value * scale for name, value in SMALL.items()}
     if file.name.endswith(".index.json"):
-        places = {name: f"{file.name.split('.')[0]}-{i}.safetensors" for i, name in enumerate(state)}
-        for name, place in places.items():
+        positions = {name: f"{file.name.split('.')[0]}-{i}.safetensors" for i, name in enumerate(state)}
+        for name, place in positions.items():
             save_file({name: state[name]}, file.parent / place, metadata)
-        file.write_text(json.dumps({"weight_map": places}))
+        file.write_text(json.dumps({"weight_map": positions}))
     elif file.suffix == ".safetensors":
         save_file(state, file, metadata)
     else:
@@ -69,7 +69,7 @@ def test_names_of_files(tmp_path: Path, name: str, becomes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "norms", "said", "becomes"),
+    ("weights", "norms", "message", "becomes"),
     [
         (("bfloat16", "bfloat16"), ("float32", "bfloat16"), "bfloat16", "bfloat16"),
         (("bfloat16", "bfloat16"), ("float32", "bfloat16"), "float32", "float32"),
@@ -77,14 +77,14 @@ def test_names_of_files(tmp_path: Path, name: str, becomes: str) -> None:
     ],
 )
 def test_config_has_the_type_of_most_weights(
-    tmp_path: Path, weights: tuple[str, str], norms: tuple[str, str], said: str, becomes: str
+    tmp_path: Path, weights: tuple[str, str], norms: tuple[str, str], message: str, becomes: str
 ) -> None:
     """The type of most elements: a few wider ones must not double the memory of loaders."""
     for i, (weight, norm) in enumerate(zip(weights, norms, strict=True)):
         (tmp_path / f"{i}").mkdir()
         state = {"w": torch.ones(64, dtype=getattr(torch, weight)), "norm": torch.ones(4, dtype=getattr(torch, norm))}
         save_file(state, tmp_path / f"{i}/model.safetensors")
-        (tmp_path / f"{i}/config.json").write_text(json.dumps({"dtype": said}))
+        (tmp_path / f"{i}/config.json").write_text(json.dumps({"dtype": message}))
     average([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == becomes
 
@@ -112,8 +112,8 @@ def test_names_of_shards(tmp_path: Path, base: str) -> None:
 
 def header(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as opened:
-        found: dict[str, str] = opened.metadata()
-    return found
+        actual: dict[str, str] = opened.metadata()
+    return actual
 
 
 def test_provenance(tmp_path: Path) -> None:
@@ -125,24 +125,24 @@ def test_provenance(tmp_path: Path) -> None:
     model = nn.ParameterDict({name: nn.Parameter(value) for name, value in SMALL.items()})
     twa_scale.attach(model, paths, {"groups": "tensor"}).export(tmp_path / "exported")
     for out in (tmp_path / "averaged", tmp_path / "exported"):
-        said = json.loads((out / "twa_scale.json").read_text())
-        assert said["version"] == twa_scale.__version__ and said["candidates"] == list(map(str, paths))
-        assert said.pop("files") == ["README.md", "settings.json"]
+        messages = json.loads((out / "twa_scale.json").read_text())
+        assert messages["version"] == twa_scale.__version__ and messages["candidates"] == list(map(str, paths))
+        assert messages.pop("files") == ["README.md", "settings.json"]
         for file in out.glob("*.safetensors"):
-            found = header(file)
-            assert json.loads(found.pop("twa_scale")) == said
-            assert found == {"format": "pt", "ss_rank": "8"}
+            actual = header(file)
+            assert json.loads(actual.pop("twa_scale")) == messages
+            assert actual == {"format": "pt", "ss_rank": "8"}
     assert json.loads((tmp_path / "averaged/twa_scale.json").read_text())["weights"] == pytest.approx([1 / 3, 2 / 3])
-    said = json.loads((tmp_path / "exported/twa_scale.json").read_text())
-    assert said["groups"] == ["a", "b"] and said["coefficients"] == [[0.5, 0.5]] * 2
-    assert said["config"]["groups"] == "tensor"
+    messages = json.loads((tmp_path / "exported/twa_scale.json").read_text())
+    assert messages["groups"] == ["a", "b"] and messages["coefficients"] == [[0.5, 0.5]] * 2
+    assert messages["config"]["groups"] == "tensor"
 
 
 def test_long_provenance_is_shortened_in_headers() -> None:
     origin = provenance("something", ["a", "b"], coefficients=[0.5] * 100_000)
     options = writing_options(CarriedFiles(), origin, OutputOptions(), SafetensorsFormat())
-    said = json.loads(options["metadata"]["twa_scale"])
-    assert said == {**provenance("something", ["a", "b"]), "more": "twa_scale.json"}
+    messages = json.loads(options["metadata"]["twa_scale"])
+    assert messages == {**provenance("something", ["a", "b"]), "more": "twa_scale.json"}
     assert len(json.loads(options["files"]["twa_scale.json"])["coefficients"]) == 100_000
     origin = provenance("something", ["a" * 100_000])
     options = writing_options(CarriedFiles(), origin, OutputOptions(), SafetensorsFormat())

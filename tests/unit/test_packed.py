@@ -88,9 +88,9 @@ def test_kernels_agree(bits: int, m: int, start: int, exponent: int, seed: int) 
     """Rounding of ties depends on the order of sums; it differs rarely, and by one step."""
     torch.manual_seed(seed)
     values = torch.randn(3, m) * 10.0**exponent
-    one, other = (unpacked(packed(values, bits, kernels, start)) for kernels in KERNELS)
-    assert ((one - other).abs() <= values.abs().amax() * 2.1 / (1 << bits)).all()
-    assert (one != other).sum() <= 3 + 128 + 1e-3 * one.numel()
+    first, second = (unpacked(packed(values, bits, kernels, start)) for kernels in KERNELS)
+    assert ((first - second).abs() <= values.abs().amax() * 2.1 / (1 << bits)).all()
+    assert (first != second).sum() <= 3 + 128 + 1e-3 * first.numel()
 
 
 @each_kernels
@@ -129,8 +129,8 @@ class TestUglyBlocks:
         values = torch.randn(1, 1024)
         large = values.clone()
         large[0, 600] = 1e6
-        one, other = unpacked(packed(values, bits, kernels)), unpacked(packed(large, bits, kernels))
-        assert torch.equal(one[0, :512], other[0, :512]) and torch.equal(one[0, 640:], other[0, 640:])
+        first, second = unpacked(packed(values, bits, kernels)), unpacked(packed(large, bits, kernels))
+        assert torch.equal(first[0, :512], second[0, :512]) and torch.equal(first[0, 640:], second[0, 640:])
 
 
 @each_kernels
@@ -177,9 +177,9 @@ def test_rows_do_not_depend_on_chunks(bits: int, data: st.DataObject, m: int, st
     torch.manual_seed(m)
     span, values = Span("w", start, start + m), torch.randn(3, m)
     borders = range(128 - start % 128, m, 128)
-    cuts = sorted(data.draw(st.lists(st.sampled_from(borders), max_size=8))) if borders else []
+    parts = sorted(data.draw(st.lists(st.sampled_from(borders), max_size=8))) if borders else []
     filled = []
-    for pieces in ([], cuts):
+    for pieces in ([], parts):
         store = store_of(f"packed{bits}", 3)
         fill(store, span, values, pieces)
         filled.append(contents(store, span, 3))
@@ -188,8 +188,8 @@ def test_rows_do_not_depend_on_chunks(bits: int, data: st.DataObject, m: int, st
 
 
 @each_bits
-@pytest.mark.parametrize("cut", [1024, 1000, 64, 5])
-def test_splits_affect_only_the_block_that_they_split(bits: int, cut: int) -> None:
+@pytest.mark.parametrize("part", [1024, 1000, 64, 5])
+def test_splits_affect_only_the_block_that_they_split(bits: int, part: int) -> None:
     torch.manual_seed(0)
     m, size = 3000, BLOCKS[bits]
     values = torch.randn(2, m)
@@ -201,10 +201,10 @@ def test_splits_affect_only_the_block_that_they_split(bits: int, cut: int) -> No
             parts.append(contents(store, span, 2))
         return torch.cat(parts, 1)
 
-    whole, split = held(Span("w", 0, m)), held(Span("w", 0, cut), Span("w", cut, m))
+    whole, split = held(Span("w", 0, m)), held(Span("w", 0, part), Span("w", part, m))
     same = torch.ones(m, dtype=torch.bool)
-    if cut % size:
-        same[cut // size * size : (cut // size + 1) * size] = False
+    if part % size:
+        same[part // size * size : (part // size + 1) * size] = False
     assert torch.equal(whole[:, same], split[:, same])
 
 
@@ -227,8 +227,8 @@ def test_bytes_of_many_elements() -> None:
 def test_mapped_rows_are_differences(span: Span, with_center: bool) -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(600), torch.randn(600).bfloat16(), torch.randn(600).double()]
-    where = torch.tensor([i for start, stop in span.runs() for i in range(start, stop)], dtype=torch.long)
-    rows = torch.stack([tensor[where].double() for tensor in tensors])
+    location = torch.tensor([i for start, stop in span.runs() for i in range(start, stop)], dtype=torch.long)
+    rows = torch.stack([tensor[location].double() for tensor in tensors])
     center = rows.mean(0).float()
     for kernels in ("torch", "numba"):
         store = make_store(TwaConfig(store="mapped", kernels=kernels), 3, CPU, lambda _: tensors)
@@ -236,11 +236,11 @@ def test_mapped_rows_are_differences(span: Span, with_center: bool) -> None:
         assert target.rows is None and target.center is not None
         target.center.copy_(center)
         gradient, u = torch.randn(len(span)), torch.randn(3)
-        want = (rows - center) @ gradient.double()
-        found = store.project(span, gradient, with_center)
-        torch.testing.assert_close(found[:-1], want, rtol=1e-5, atol=1e-5)
+        expected = (rows - center) @ gradient.double()
+        actual = store.project(span, gradient, with_center)
+        torch.testing.assert_close(actual[:-1], expected, rtol=1e-5, atol=1e-5)
         last = center.double() @ gradient.double() * with_center
-        torch.testing.assert_close(found[-1], last, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[-1], last, rtol=1e-5, atol=1e-5)
         out = torch.empty(len(span))
         store.combine(span, u, 0.9, out)
         torch.testing.assert_close(out.double(), 0.9 * center + u.double() @ (rows - center), rtol=1e-5, atol=1e-5)
@@ -274,8 +274,8 @@ def test_mapped_equals_dense32(tmp_path: Path) -> None:
         if store == "mapped":
             assert twa.store_bytes == 4 * sum(p.numel() for p in model.parameters())
         twa.close()
-    for one, other in zip(*ended, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for first, second in zip(*ended, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
     assert [file.read_bytes() for file in files] == before
 
 

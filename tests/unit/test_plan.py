@@ -51,9 +51,9 @@ def settings(root: Path, *, tied: bool = False, experts: int = 0, dtype: torch.d
 @pytest.mark.parametrize(("tied", "context"), [(True, 16), (False, 16), (False, 400)])
 def test_activations_are_estimated_on_meta_device(tmp_path: Path, tied: bool, context: int) -> None:
     # It looks at values before it chooses a mask.
-    found = settings(tmp_path, tied=tied)
-    found["task"]["context"] = context
-    config = validated(RunConfig, found)
+    actual = settings(tmp_path, tied=tied)
+    actual["task"]["context"] = context
+    config = validated(RunConfig, actual)
     plan = make_plan(config, 2)
     assert plan.notes == ()
 
@@ -88,16 +88,16 @@ def really_kept(config: RunConfig, examples: int, of_block: int | None = None) -
 
 
 def test_recomputed_activations_are_not_kept_but_those_of_one_block(tmp_path: Path) -> None:
-    found = settings(tmp_path)
-    found["task"]["context"] = 64
-    config = validated(RunConfig, found)
+    actual = settings(tmp_path)
+    actual["task"]["context"] = 64
+    config = validated(RunConfig, actual)
     kept = make_plan(config, 1)
-    found["task"]["recompute_activations"] = True
-    again = make_plan(validated(RunConfig, found), 1)
-    assert again.step["activations"] < 0.6 * kept.step["activations"]
+    actual["task"]["recompute_activations"] = True
+    repeated = make_plan(validated(RunConfig, actual), 1)
+    assert repeated.step["activations"] < 0.6 * kept.step["activations"]
     block = sum(really_kept(config, 4, of_block=1))
-    assert 0.9 * block <= again.step["activations of the block computed again"] <= 1.1 * block
-    assert kept.notes == again.notes == ()
+    assert 0.9 * block <= repeated.step["activations of the block computed again"] <= 1.1 * block
+    assert kept.notes == repeated.notes == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,8 +130,8 @@ def test_each_expert_has_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     plan = make_plan(config, 1)
     twa = twa_scale.attach(build_task(config.task).model(), config.candidates, config)
     assert plan.num_groups == len(twa.layout.groups) == 2 * (3 + 1) + 2
-    found = {choice.store: choice.nbytes for choice in choose_store(plan).stores}
-    assert found["packed1"] == twa.store_bytes
+    actual = {choice.store: choice.nbytes for choice in choose_store(plan).stores}
+    assert actual["packed1"] == twa.store_bytes
     monkeypatch.setattr(timing, "_MIN_SECONDS", 0.0)
     work = planned_work(plan, config, [], None, World(0, 1, 0))
     measured, files = work.measure(None, None)
@@ -143,15 +143,15 @@ def test_each_expert_has_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_reads_of_urls_are_larger_and_come_through_the_memory_of_their_library(tmp_path: Path) -> None:
-    found = settings(tmp_path) | {"device": "cpu", "read_chunk": 4096}
+    actual = settings(tmp_path) | {"device": "cpu", "read_chunk": 4096}
     fsspec.filesystem("memory").put(f"{tmp_path}/step-*", f"/{tmp_path.name}/", recursive=True)
-    here, there = (
-        make_plan(validated(RunConfig, found | {"candidates": f"{where}/step-*"}), 1)
-        for where in (tmp_path, f"memory://{tmp_path.name}")
+    working_directory, there = (
+        make_plan(validated(RunConfig, actual | {"candidates": f"{location}/step-*"}), 1)
+        for location in (tmp_path, f"memory://{tmp_path.name}")
     )
     longest = 4 * 256 * SIZES["hidden_size"]
-    assert there.attach["streaming"] - here.attach["streaming"] == 2 * 2 * (longest - 4096) + 2 * longest
-    assert there.bytes_read == here.bytes_read
+    assert there.attach["streaming"] - working_directory.attach["streaming"] == 2 * 2 * (longest - 4096) + 2 * longest
+    assert there.bytes_read == working_directory.bytes_read
 
 
 def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
@@ -165,20 +165,20 @@ def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
     twa.step()
     best = twa.held()
     assert best.rows is not None
-    held, place = best.rows.nbytes, twa.state_dict(tmp_path, best=best)["rows"]["stored"]["directory"]
+    stored, place = best.rows.nbytes, twa.state_dict(tmp_path, best=best)["rows"]["stored"]["directory"]
     content = (tmp_path / place / "rows.safetensors").read_bytes()
     plan = make_plan(config, 1)
-    assert plan.memory["corrections of rows"] == 6 * held
-    assert len(content) == 8 + int.from_bytes(content[:8], "little") + 4 * held, "y, two moments and the best"
-    size = f"{4 * held / 1e6:.1f} MB"
+    assert plan.memory["corrections of rows"] == 6 * stored
+    assert len(content) == 8 + int.from_bytes(content[:8], "little") + 4 * stored, "y, two moments and the best"
+    size = f"{4 * stored / 1e6:.1f} MB"
     wanted = f"each save of the run state writes {size} of rows; two such files are kept, and three exist during a save"
     assert plan.notes == (wanted,)
     assert not plan.wire_between_pods
     pods = make_plan(config.model_copy(update={"engine": "plain", "pods": 2}), 2)
-    assert pods.wire_between_pods["corrections of rows, from every rank"] == held
+    assert pods.wire_between_pods["corrections of rows, from every rank"] == stored
     rounded = make_plan(config.model_copy(update={"engine": "plain", "pods": 2, "row_exchange": "bfloat16"}), 2)
-    assert rounded.wire_between_pods["corrections of rows, from every rank"] == held / 2
-    assert rounded.memory["corrections of rows"] == 7 * held
+    assert rounded.wire_between_pods["corrections of rows, from every rank"] == stored / 2
+    assert rounded.memory["corrections of rows"] == 7 * stored
 
 
 def test_store_fits_exact_memory(tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_mapped_needs_a_cpu(tmp_path: Path) -> None:
 
 def test_an_offloaded_store_counts_for_the_host(tmp_path: Path) -> None:
     data = settings(tmp_path) | {"device": "cuda", "store": "packed4"}
-    near, far, cpu = (
+    resident, far, cpu = (
         make_plan(validated(RunConfig, data | more), 1)
         for more in ({}, {"store_device": "cpu"}, {"store_device": "cpu", "device": "cpu"})
     )
-    store, buffers = near.memory["store (packed4)"], far.memory["buffers of the store"]
-    assert far.host == {"store (packed4)": store} | near.attach and near.host == cpu.host == {}
-    assert set(cpu.memory) == set(near.memory) and "store (packed4)" not in far.memory and 0 < buffers < store
-    assert sum(far.memory.values()) - sum(near.memory.values()) == pytest.approx(buffers - store, abs=1 << 24)
+    store, buffers = resident.memory["store (packed4)"], far.memory["buffers of the store"]
+    assert far.host == {"store (packed4)": store} | resident.attach and resident.host == cpu.host == {}
+    assert set(cpu.memory) == set(resident.memory) and "store (packed4)" not in far.memory and 0 < buffers < store
+    assert sum(far.memory.values()) - sum(resident.memory.values()) == pytest.approx(buffers - store, abs=1 << 24)
     choices = choose_store(far, far.peak)
     assert choices.own.fits and choices.own.host == sum(far.host.values()) and choices.own.peak == far.peak
     assert not choose_store(far, far.peak - 1).own.fits
@@ -236,9 +236,9 @@ def test_exit_code_and_verdict_of_plan(tmp_path: Path) -> None:
         assert result.exit_code == 0
         return result.output
 
-    found = json.loads(said("--memory", "1MB", "--json"))
-    assert found["stores"]["memory"] == 10**6 and found["stores"]["assumed"] == ""
-    assert found["stores"]["most_exact"] is None and not any(row["fits"] for row in found["stores"]["stores"])
+    actual = json.loads(said("--memory", "1MB", "--json"))
+    assert actual["stores"]["memory"] == 10**6 and actual["stores"]["assumed"] == ""
+    assert actual["stores"]["most_exact"] is None and not any(row["fits"] for row in actual["stores"]["stores"])
     assert "packed8, as configured, does not fit; no store fits" in said("--memory", "1MB")
     assert "most exact store that fits is dense32" in said("--memory", "1TB")
     offloaded = ["--memory", "1TB", "store_device=cpu", "device=cuda"]
@@ -288,19 +288,19 @@ def test_running_averages_are_planned_before_there_are_candidates(tmp_path: Path
     )
 
     def planned(*words: str) -> Any:
-        said = CliRunner().invoke(app, ["plan", str(config), "--averages", json.dumps(AVERAGES), "--json", *words])
-        assert said.exit_code == 0, said.exception
-        return json.loads(said.output)
+        messages = CliRunner().invoke(app, ["plan", str(config), "--averages", json.dumps(AVERAGES), "--json", *words])
+        assert messages.exit_code == 0, messages.exception
+        return json.loads(messages.output)
 
-    alone = planned("engine=plain")
+    single = planned("engine=plain")
     model = build_task(validated(RunConfig, json.loads(config.read_text())).task).model()
     averages = twa_scale.RunningAverages(model, **AVERAGES)  # type: ignore[arg-type]
     averages.step()
-    *held, copy = alone["averages"].values()
-    assert sum(held) == averages.nbytes and alone["sum"] == sum(held) + copy
+    *stored, copy = single["averages"].values()
+    assert sum(stored) == averages.nbytes and single["sum"] == sum(stored) + copy
     with averages.weights("mean"):
-        assert alone["sum"] == averages.nbytes
-    assert 0.5 * alone["sum"] <= planned("--ranks", "2")["sum"] < 0.52 * alone["sum"]
+        assert single["sum"] == averages.nbytes
+    assert 0.5 * single["sum"] <= planned("--ranks", "2")["sum"] < 0.52 * single["sum"]
 
 
 @pytest.mark.parametrize(
@@ -316,5 +316,5 @@ def test_running_averages_are_planned_before_there_are_candidates(tmp_path: Path
 def test_averages_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:
     config = tmp_path / "run.json"
     config.write_text(json.dumps({"candidates": "none/*", "task": {"name": "causal_lm"}, "output": "out", "steps": 1}))
-    said = CliRunner().invoke(app, ["plan", str(config), "--averages", text])
-    assert isinstance(said.exception, ConfigError) and re.search(words, str(said.exception)), said.exception
+    messages = CliRunner().invoke(app, ["plan", str(config), "--averages", text])
+    assert isinstance(messages.exception, ConfigError) and re.search(words, str(messages.exception)), messages.exception

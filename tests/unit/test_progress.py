@@ -27,26 +27,26 @@ def test_totals_hold_for_buffers_and_narrower_files(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 40))
     states = [{name: value + i for name, value in model.state_dict().items()} for i in range(n)]
     floats = sum(value.nbytes for value in states[0].values() if value.is_floating_point())
-    read, found, written = Told(), Told(), Told()
+    read, actual, written = Told(), Told(), Told()
     twa = twa_scale.attach(model, states, progress=lambda *told: read.append(told))
     assert told_all(read, n * (floats + 8)) and twa.bytes_read == n * (floats + 8)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     twa.export(tmp_path / "out", dtype=torch.bfloat16, progress=lambda *told: written.append(told))
     assert told_all(written, 2 * parameters)
-    inspect(str(tmp_path / "out"), progress=lambda *told: found.append(told))
-    assert told_all(found, floats // 2)
+    inspect(str(tmp_path / "out"), progress=lambda *told: actual.append(told))
+    assert told_all(actual, floats // 2)
 
 
 @pytest.mark.parametrize("active", [True, False])
 def test_speed_and_time_left_are_shown(monkeypatch: pytest.MonkeyPatch, active: bool) -> None:
-    shown = io.StringIO()
+    displayed = io.StringIO()
     monkeypatch.setattr(
         reporting,
         "Console",
-        lambda **options: Console(file=shown, force_terminal=True, width=120, quiet=options["quiet"]),
+        lambda **options: Console(file=displayed, force_terminal=True, width=120, quiet=options["quiet"]),
     )
     with Report(active=active).bytes("reading candidates") as progress:
         for _ in range(4):
             progress(1_000_000_000, 10_000_000_000)
-    text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", shown.getvalue())
+    text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", displayed.getvalue())
     assert bool(re.search(r"reading candidates .* 4\.0/10\.0 GB +[\d.]+ .B/s +\d:\d\d:\d\d", text)) == active, text

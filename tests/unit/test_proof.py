@@ -89,15 +89,15 @@ def test_every_forward_pass_is_counted_with_or_without_a_backward_pass() -> None
 
 
 def test_the_interval_of_a_paired_difference() -> None:
-    found = difference([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
-    assert found.mean == 2 and math.isclose(found.half, 4.303 / math.sqrt(3))
-    assert found.verdict(False) == "no difference shown"
+    actual = difference([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
+    assert actual.mean == 2 and math.isclose(actual.half, 4.303 / math.sqrt(3))
+    assert actual.verdict(False) == "no difference shown"
     less = difference([0.1, 0.2, 0.3], [5.1, 5.2, 5.4])
     more = difference([5.1, 5.2, 5.4], [0.1, 0.2, 0.3])
     assert [less.verdict(False), more.verdict(False)] == ["lower", "**higher**"]
     assert [less.verdict(True), more.verdict(True)] == ["**lower**", "higher"]
-    alone = difference([1.0], [2.0])
-    assert alone.verdict(False) == "one seed: no interval" and alone.shown(1.0, 4) == "-1.0000"
+    single = difference([1.0], [2.0])
+    assert single.verdict(False) == "one seed: no interval" and single.shown(1.0, 4) == "-1.0000"
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         difference([1.0, 2.0], [1.0])
 
@@ -140,8 +140,8 @@ def test_a_finished_seed_is_kept_in_one_file_from_which_the_tables_can_be_made(t
 def test_the_page_has_the_tables_of_the_rows_that_are_kept(task: str, tmp_path: Path) -> None:
     """The rows were made with the present settings, or this is an error."""
     asked = argparse.Namespace(size="full", out=tmp_path, seeds=[], packages=tmp_path, sentences=None)
-    one = run.comparison(task, asked)
-    written = tables(one.out, one.settings, one.shown, one.kept())
+    first = run.comparison(task, asked)
+    written = tables(first.out, first.settings, first.shown, first.kept())
     assert "Finished seeds: 0" in written and written in PAGE.read_text()
 
 
@@ -219,16 +219,16 @@ def test_methods_of_images_have_what_they_start_from(task: type[Images], size: s
 def test_shifted_images_are_windows_of_the_padded_ones() -> None:
     torch.manual_seed(0)
     images = torch.rand(64, 1, 4, 5)
-    found = set()
+    actual = set()
     for before, after in zip(images, shifted(images, 1), strict=True):
         padded = nn.functional.pad(before, (1, 1, 1, 1))
         windows = {
-            (down, right, flip): padded[:, down : down + 4, right : right + 5].flip([-1] if flip else [])
-            for down, right, flip in product(range(3), range(3), [True, False])
+            (down, rhs, flip): padded[:, down : down + 4, rhs : rhs + 5].flip([-1] if flip else [])
+            for down, rhs, flip in product(range(3), range(3), [True, False])
         }
         (key,) = [key for key, window in windows.items() if torch.equal(window, after)]
-        found.add(key)
-    assert len(found) > 9
+        actual.add(key)
+    assert len(actual) > 9
 
 
 def test_images_are_augmented_only_in_training(tmp_path: Path) -> None:
@@ -268,12 +268,12 @@ def test_extra_merge_goes_on_along_the_line_of_two_means() -> None:
 
 
 def test_a_margin_is_shown_when_the_whole_interval_is_within_it() -> None:
-    ours, theirs = [0.90, 0.91, 0.92], [0.9001, 0.9101, 0.9201]
-    found = difference(ours, theirs)
-    assert found.verdict(True, 0.003) == "worse by less than the margin"
-    assert found.verdict(True, 0.00005) == "**margin not shown**"
-    assert difference(theirs, ours).verdict(True, 0.00005) == "worse by less than the margin"
-    assert difference([0.90, 0.95, 0.92], theirs).verdict(True, 0.003) == "**margin not shown**"
+    own, remote = [0.90, 0.91, 0.92], [0.9001, 0.9101, 0.9201]
+    actual = difference(own, remote)
+    assert actual.verdict(True, 0.003) == "worse by less than the margin"
+    assert actual.verdict(True, 0.00005) == "**margin not shown**"
+    assert difference(remote, own).verdict(True, 0.00005) == "worse by less than the margin"
+    assert difference([0.90, 0.95, 0.92], remote).verdict(True, 0.003) == "**margin not shown**"
 
 
 def test_spreads_over_settings_are_compared_with_half_of_the_reference(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def add_decayed_run(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "said"),
+    ("change", "name", "message"),
     [
         (change_batch_size, "EMA", "{'batch_size': 32}; they are now {'batch_size': 16}"),
         (change_batch_size, "test/EMA", "{'batch_size': 32}; they are now {'batch_size': 16}"),
@@ -381,29 +381,29 @@ def add_decayed_run(settings: dict[str, Any]) -> None:
     ],
 )
 def test_a_row_of_other_settings_is_refused(
-    change: Callable[[dict[str, Any]], None], name: str, said: str, tmp_path: Path
+    change: Callable[[dict[str, Any]], None], name: str, message: str, tmp_path: Path
 ) -> None:
-    before, now = Language.read("full"), Language.read("full")
+    before, current = Language.read("full"), Language.read("full")
     work = Language(tmp_path, 0, before, tmp_path)
-    (made,) = (one for one in work.parts() if one.name == name)
+    (made,) = (item for item in work.parts() if item.name == name)
     work.rows[name] = {"settings": made.settings}
     check_rows(work.parts(), work.rows)
-    change(now)
-    with pytest.raises(SystemExit, match=f"{re.escape(name)}.json has the settings.*{re.escape(said)}"):
-        check_rows(Language(tmp_path, 0, now, tmp_path).parts(), work.rows)
+    change(current)
+    with pytest.raises(SystemExit, match=f"{re.escape(name)}.json has the settings.*{re.escape(message)}"):
+        check_rows(Language(tmp_path, 0, current, tmp_path).parts(), work.rows)
 
 
 def test_the_trunk_does_not_depend_on_the_settings_of_methods(tmp_path: Path) -> None:
     settings = Language.read("full")
     trunk = Language(tmp_path, 100, settings, tmp_path).trunk.recorded
-    now = copy.deepcopy(settings)
-    change_config(now)
-    change_start(now)
-    assert Language(tmp_path, 100, now, tmp_path).trunk.recorded == trunk
+    current = copy.deepcopy(settings)
+    change_config(current)
+    change_start(current)
+    assert Language(tmp_path, 100, current, tmp_path).trunk.recorded == trunk
 
 
 @pytest.mark.parametrize(
-    ("wrong", "options", "said"),
+    ("wrong", "options", "message"),
     [
         ("settings", ["--size=tiny", "--seeds", "0", "1"], "seed-1/EMA.json has the settings"),
         ("settings of a seed of the table", ["--size=tiny", "--seeds"], "seed-0/EMA.json has the settings"),
@@ -411,13 +411,13 @@ def test_the_trunk_does_not_depend_on_the_settings_of_methods(tmp_path: Path) ->
     ],
 )
 def test_what_would_end_the_work_is_found_before_it_begins(
-    wrong: str, options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: str, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wrong != "packages":
         Rows(tmp_path / "language" / ("seed-1" if wrong == "settings" else "seed-0"))["EMA"] = {"settings": {}}
     there = set(tmp_path.rglob("*"))
     monkeypatch.setattr("sys.argv", ["run", "--task=language", f"--out={tmp_path}", f"--packages={tmp_path}", *options])
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match=message):
         run.main()
     assert set(tmp_path.rglob("*")) == there
 
@@ -458,8 +458,11 @@ def test_a_trunk_goes_on_only_from_a_state_of_its_settings(tmp_path: Path) -> No
         last(tmp_path / "a", 0.1, end=5)
     resumed, whole = last(tmp_path / "a", 0.1), last(tmp_path / "b", 0.1)
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
-    other, anew = last(tmp_path / "a", 0.2), last(tmp_path / "c", 0.2)
-    assert all(torch.equal(other[key], anew[key]) and not torch.equal(anew[key], whole[key]) for key in anew)
+    other, recalibrated = last(tmp_path / "a", 0.2), last(tmp_path / "c", 0.2)
+    assert all(
+        torch.equal(other[key], recalibrated[key]) and not torch.equal(recalibrated[key], whole[key])
+        for key in recalibrated
+    )
     shutil.rmtree(tmp_path / "a/resume/6")
     with pytest.raises(SystemExit, match="resume/6 has no averages"):
         last(tmp_path / "a", 0.2)

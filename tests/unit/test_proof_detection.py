@@ -46,9 +46,9 @@ class Knowing(nn.Module):
         for image, label in enumerate(labels):
             for kind, box in zip(label["class_labels"], label["boxes"], strict=True):
                 column, row = (int(box[i] * GRID) for i in (0, 1))
-                for near in range(max(0, column - 1), min(GRID, column + 2)):
-                    logits[image, row, near, kind] = 40.0 if near == column else 21.0
-                    boxes[image, row, near] = box
+                for resident in range(max(0, column - 1), min(GRID, column + 2)):
+                    logits[image, row, resident, kind] = 40.0 if resident == column else 21.0
+                    boxes[image, row, resident] = box
         loss = self.scale * detection_loss(logits, boxes + 1e-6, labels)
         return Detected(loss, peaks(logits).flatten(1, 2), boxes.flatten(1, 2))
 
@@ -57,15 +57,15 @@ def test_a_detector_that_knows_all_objects_finds_each_once(tmp_path: Path) -> No
     garments, kinds = np.stack([square(28)] * 10), np.arange(10, dtype=np.uint8)
     canvases = [canvas(garments, kinds, np.random.default_rng(seed)) for seed in range(12)]
     write_split(tmp_path, "test", canvases)
-    where = [f"task.{split}.images={tmp_path}/test" for split in ("train", "validation", "test")]
-    where += [f"task.{split}.annotations={tmp_path}/test.json" for split in ("train", "validation", "test")]
+    location = [f"task.{split}.images={tmp_path}/test" for split in ("train", "validation", "test")]
+    location += [f"task.{split}.annotations={tmp_path}/test.json" for split in ("train", "validation", "test")]
     options = ["task.model=tests.unit.test_proof_detection:Knowing", "task.model_options={}"]
-    task: Any = build_task(load_config(CONFIG, [*where, *options]).task)
+    task: Any = build_task(load_config(CONFIG, [*location, *options]).task)
     examples = task.dataset("test")
     batch = stack([examples[i] for i in range(len(examples))])
     assert (batch["classes"] >= 0).sum(1).tolist() == [len(drawn.objects) for drawn in canvases]
-    metrics, found = task.collect(task.model(), batch)
-    assert task.summarize(found)["ap"] > 0.95
+    metrics, actual = task.collect(task.model(), batch)
+    assert task.summarize(actual)["ap"] > 0.95
     assert metrics["loss"][0] / metrics["loss"][1] < 0.5
 
 

@@ -32,8 +32,8 @@ def test_a_recipe_is_complete(name: str) -> None:
     """All values are used, all are valid, and the rate is the one around which `lr: auto` tries others."""
     config = made(recipe=name)
     for key, value in RECIPES[name].items():
-        found = getattr(config, key)
-        assert (found == value) if not isinstance(value, dict) else value.items() <= found.model_dump().items()
+        actual = getattr(config, key)
+        assert (actual == value) if not isinstance(value, dict) else value.items() <= actual.model_dump().items()
     assert config.lr == RATES[config.optimizer.name, config.units]
     assert name in get_args(RecipeName) and len(RECIPES) == len(get_args(RecipeName))
     assert f"recipe {name}: basis {config.basis}, " in recipe_line(config)
@@ -41,7 +41,7 @@ def test_a_recipe_is_complete(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("options", "expected"),
     [
         ({"groups": "tensor"}, {"groups": "tensor", "row_lr": 0.003, "steps": 60}),
         ({"optimizer": {"lr": 0.1}}, {"lr": 0.1, "row_lr": 0.01, "optimizer.name": "adamw"}),
@@ -66,8 +66,8 @@ def test_a_recipe_is_complete(name: str) -> None:
         ({"recipe": "soup", "split": "train"}, {"split": "train", "epochs": 3.0}),
     ],
 )
-def test_given_settings_are_kept(given: dict[str, Any], expected: dict[str, Any]) -> None:
-    config = made(**{"recipe": "tail", **given})
+def test_given_settings_are_kept(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = made(**{"recipe": "tail", **options})
     for key, value in expected.items():
         section, _, name = key.rpartition(".")
         assert getattr(getattr(config, section) if section else config, name, None) == value, key
@@ -113,8 +113,8 @@ def test_init_and_print_config(tmp_path: Path, name: str) -> None:
     config = load_config(file)
     assert (config.recipe, config.steps, config.epochs) == (name, *map(RECIPES[name].get, ("steps", "epochs")))
     keys = r"^# ((?:  )?[a-z_]+:( .*)?)$"
-    shown = yaml.safe_load(re.sub(keys, r"\1", file.read_text(), flags=re.MULTILINE))
-    assert validated(RunConfig, shown) == config
+    displayed = yaml.safe_load(re.sub(keys, r"\1", file.read_text(), flags=re.MULTILINE))
+    assert validated(RunConfig, displayed) == config
     printed.write_text(typed("run", str(file), "seed=3", "--print-config"))
     assert load_config(printed) == load_config(file, ["seed=3"])
     assert f"basis: {config.basis}  # recipe {name}\n" in printed.read_text() and "seed: 3\n" in printed.read_text()
@@ -137,9 +137,9 @@ def test_the_page_has_the_values() -> None:
     text = PAGE.read_text()
     for name, recipe in RECIPES.items():
         for key, value in recipe.items():
-            for one, wanted in value.items() if isinstance(value, dict) else [(key, value)]:
+            for first, wanted in value.items() if isinstance(value, dict) else [(key, value)]:
                 cell = yaml.safe_dump(wanted, default_flow_style=True).replace("\n...", "").strip()
-                full = f"{key}.{one}" if isinstance(value, dict) else one
+                full = f"{key}.{first}" if isinstance(value, dict) else first
                 assert re.search(rf"\| `{re.escape(full)}` \|.*`{re.escape(cell)}`", text), (name, full, cell)
 
 

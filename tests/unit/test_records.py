@@ -18,8 +18,8 @@ def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_temporarily_full_disk_loses_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
-    records = Records(tmp_path, active=True, step=0, log=said.append)
+    messages: list[str] = []
+    records = Records(tmp_path, active=True, step=0, log=messages.append)
     for step in range(1, 30):
         if step < 10 or step > 20:
             records.write(step, {"loss": step / 8, "lr": 0.5})
@@ -31,17 +31,19 @@ def test_temporarily_full_disk_loses_nothing(tmp_path: Path) -> None:
     expected = [(step, step / 8) for step in range(1, 30)]
     assert [(line["step"], line["loss"]) for line in read_records(tmp_path)] == expected
     assert scalars(tmp_path, "loss") == expected
-    assert len(said) == 2 and all("could not be written" in text and "The run continues" in text for text in said)
-    assert sorted(METRICS in text for text in said) == [False, True]
+    assert len(messages) == 2 and all(
+        "could not be written" in text and "The run continues" in text for text in messages
+    )
+    assert sorted(METRICS in text for text in messages) == [False, True]
 
 
 def test_lost_bytes_are_reported(tmp_path: Path) -> None:
-    said: list[str] = []
-    records = Records(tmp_path, active=True, step=0, log=said.append)
+    messages: list[str] = []
+    records = Records(tmp_path, active=True, step=0, log=messages.append)
     with files_up_to(10):
         records.write(1, {"loss": 0.5})
         records.close()
-    assert read_records(tmp_path) == [] and any("are lost" in text for text in said)
+    assert read_records(tmp_path) == [] and any("are lost" in text for text in messages)
 
 
 def test_records_that_cannot_be_created(tmp_path: Path) -> None:
@@ -56,10 +58,10 @@ def test_damaged_lines_are_removed_and_counted(tmp_path: Path) -> None:
     damaged = [b"\xff\xfe", b"[" * 100_000, b"3", b'{"loss": 2}', b'{"step": "2"}', b'{"step": 2, "loss": "high"}']
     lines = [first, *damaged, last, b'{"step": 3, "lo']
     (tmp_path / METRICS).write_bytes(b"\n".join(lines))
-    said: list[str] = []
-    Records(tmp_path, active=True, step=2, log=said.append).close()
+    messages: list[str] = []
+    Records(tmp_path, active=True, step=2, log=messages.append).close()
     assert [json.loads(line)["loss"] for line in (tmp_path / METRICS).read_text().splitlines()] == [0.5, 0.25]
-    assert len(said) == 1 and "7 damaged lines" in said[0]
+    assert len(messages) == 1 and "7 damaged lines" in messages[0]
 
 
 def test_resumed_run_replaces_records_of_repeated_steps(tmp_path: Path) -> None:

@@ -110,14 +110,14 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_foreign_files_are_kept(tmp_path: Path, foreign: str) -> None:
-    make, said = FOREIGN[foreign]
+    make, messages = FOREIGN[foreign]
     out = tmp_path / "out"
     average(tmp_path, out)
     make(out)
     before = held(out)
     with pytest.raises(OutputError, match="would be lost") as error:
         average(tmp_path, out)
-    assert said in str(error.value) and str(out) in str(error.value)
+    assert messages in str(error.value) and str(out) in str(error.value)
     assert held(out) == before and sorted(os.listdir(tmp_path)) == ["candidates", "out"]  # noqa: PTH208
 
 
@@ -159,7 +159,7 @@ def test_keep_last_deletes_only_snapshots(tmp_path: Path, asynchronous: bool) ->
     ) as writer:
         writer.write(whole_tensor("a", (1,)), torch.ones(1))
     with (
-        pytest.warns(TwaWarning, match="keep_last does not delete it") as said,
+        pytest.warns(TwaWarning, match="keep_last does not delete it") as messages,
         Snapshots(tmp_path, every_n_steps=1, keep_last=1, asynchronous=asynchronous) as snapshots,
     ):
         for step in range(2, 6):
@@ -167,7 +167,7 @@ def test_keep_last_deletes_only_snapshots(tmp_path: Path, asynchronous: bool) ->
             snapshots.wait()
             if step == 2:
                 touch("step-00000002/optimizer.pt")(tmp_path)
-    assert {str(warning.message).split(": ")[0] for warning in said} == {
+    assert {str(warning.message).split(": ")[0] for warning in messages} == {
         str(tmp_path / f"step-0000000{step}") for step in (0, 1, 2)
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (0, 1, 2, 5)]

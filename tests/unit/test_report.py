@@ -103,7 +103,7 @@ def test_a_run_without_a_state_yet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("config.json", b"{", "is not valid JSON"),
         ("config.json", b"[]", "not a mapping"),
@@ -111,11 +111,11 @@ def test_a_run_without_a_state_yet(tmp_path: Path) -> None:
         ("average/twa_scale.json", b'{"candidates": ["a"], "weights": [0.5, 0.5]}', "one coefficient for each"),
     ],
 )
-def test_damaged_files_are_named(run: Path, name: str, content: bytes, said: str) -> None:
+def test_damaged_files_are_named(run: Path, name: str, content: bytes, message: str) -> None:
     damaged = run if name != "average/twa_scale.json" else run.parent / "merged"
     (damaged / name).parent.mkdir(parents=True, exist_ok=True)
     (damaged / name).write_bytes(content)
-    with pytest.raises(StateError, match=re.escape(said)):
+    with pytest.raises(StateError, match=re.escape(message)):
         write_report(damaged)
     assert not (damaged / "report.html").exists()
 
@@ -127,11 +127,11 @@ def test_directories_without_a_run(tmp_path: Path) -> None:
 
 
 def test_only_reports_are_replaced(run: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "mine.html"
-    mine.write_text("<!doctype html><p>mine")
+    local = tmp_path / "mine.html"
+    local.write_text("<!doctype html><p>mine")
     with pytest.raises(OutputError, match="not a report"):
-        write_report(run, mine)
-    assert mine.read_text() == "<!doctype html><p>mine"
+        write_report(run, local)
+    assert local.read_text() == "<!doctype html><p>mine"
     with pytest.raises(OutputError, match="is a directory"):
         write_report(run, tmp_path)
     first = write_report(run, tmp_path / "new/page.html")
@@ -178,23 +178,23 @@ def test_what_a_trainer_has_logged(tmp_path: Path) -> None:
 
 
 def test_effective_candidates() -> None:
-    uniform, one, both = torch.full((5, 1), 0.2), torch.eye(5)[:, :1], torch.tensor([[1.5], [-0.5]])
+    uniform, first, both = torch.full((5, 1), 0.2), torch.eye(5)[:, :1], torch.tensor([[1.5], [-0.5]])
     assert effective_candidates(uniform, [7]) == pytest.approx(5)
-    assert effective_candidates(one, [7]) == pytest.approx(1)
+    assert effective_candidates(first, [7]) == pytest.approx(1)
     assert effective_candidates(both, [7]) == pytest.approx(1 / (1.5**2 + 0.5**2))
     assert effective_candidates(3 * uniform, [7]) == pytest.approx(5)  # of any sum
-    two = torch.cat([uniform, one], 1)
+    two = torch.cat([uniform, first], 1)
     assert effective_candidates(two, [30, 10]) == pytest.approx(1 / (0.75 / 5 + 0.25))
     assert effective_candidates(torch.tensor([[1.0], [-1.0]]), [7]) == 0
-    assert effective_candidates(torch.cat([one, torch.zeros(5, 1)], 1), [7, 0]) == pytest.approx(1)
+    assert effective_candidates(torch.cat([first, torch.zeros(5, 1)], 1), [7, 0]) == pytest.approx(1)
     assert mean_coefficients(two, [30, 10]).tolist() == pytest.approx([0.4, 0.15, 0.15, 0.15, 0.15])
 
 
 def test_places_of_tensors() -> None:
     names = ["embed.weight", "h.0.mlp.up.weight", "h.11.mlp.experts.3.up.weight", "head.0"]
-    found = positions(names)
-    assert [found[name].block for name in names] == [OUTSIDE, "0", "11", OUTSIDE]
-    assert [found[name].kind for name in names[1:3]] == ["mlp.up.weight", "mlp.experts.*.up.weight"]
+    actual = positions(names)
+    assert [actual[name].block for name in names] == [OUTSIDE, "0", "11", OUTSIDE]
+    assert [actual[name].kind for name in names[1:3]] == ["mlp.up.weight", "mlp.experts.*.up.weight"]
     assert positions(["encoder.0.a", "decoder.0.a"])["decoder.0.a"].block == "decoder.0"
 
 

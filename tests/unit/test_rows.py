@@ -38,8 +38,8 @@ class Experts(nn.Module):
 )
 def test_rows_of_modules(module: nn.Module, lengths: dict[str, int]) -> None:
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    found = {name: length for name, length in row_lengths(module, shapes).items() if not name.endswith("original0")}
-    assert found == lengths
+    actual = {name: length for name, length in row_lengths(module, shapes).items() if not name.endswith("original0")}
+    assert actual == lengths
 
 
 SPANS = [
@@ -58,10 +58,10 @@ SPANS = [
 @pytest.mark.parametrize(("span", "length"), SPANS)
 def test_every_element_of_a_span_is_in_its_row(span: Span, length: int) -> None:
     rows, segments, partial = rows_of(span, length)
-    found = [int(rows[(segments.lead + i) // segments.length]) for i in range(len(span))]
-    assert found == [span.element(i) // length for i in range(len(span))]
+    actual = [int(rows[(segments.lead + i) // segments.length]) for i in range(len(span))]
+    assert actual == [span.element(i) // length for i in range(len(span))]
     assert segments.count == len(rows) == len(partial)
-    assert partial.tolist() == [found.count(int(row)) < length for row in rows]
+    assert partial.tolist() == [actual.count(int(row)) < length for row in rows]
 
 
 def take_steps(model: nn.Module, twa: twa_scale.TrainableAverage, first: int, last: int) -> None:
@@ -89,10 +89,10 @@ def test_weight_gradients_are_clipped() -> None:
     model, twa = cases.attach("plain", Run(config))
     take_steps(model, twa, 0, 4)
     steps = [cases.micro_batches(step, 1, 1) for step in range(4)]
-    want = reference.train(models.build(), models.loss, models.candidates(), config, steps)
-    assert min(want.norms) > 0.5, "nothing was clipped"
+    expected = reference.train(models.build(), models.loss, models.candidates(), config, steps)
+    assert min(expected.norms) > 0.5, "nothing was clipped"
     for name, value in cases.gathered(model).items():
-        assert (value.double() - want.weights[-1][name]).norm() <= 1e-5 * want.weights[-1][name].norm(), name
+        assert (value.double() - expected.weights[-1][name]).norm() <= 1e-5 * expected.weights[-1][name].norm(), name
 
 
 def test_a_scaled_loss_changes_nothing() -> None:

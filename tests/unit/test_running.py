@@ -52,8 +52,8 @@ def test_a_snapshot_is_off_by_the_rounding_of_one_increment(store: str, toleranc
     """However many have come and gone: what is off is part of the next increment."""
     averages, model, seen = followed(steps, window={"every": 1, "keep": KEEP, "store": store})
     assert averages.snapshot_steps == [*range(max(steps - KEEP, 0) + 1, steps + 1)]
-    for i, want in enumerate(seen[-KEEP:]):
-        error = (shown(averages, model, i) - want).norm() / (0.1 * 50 * 70**0.5)
+    for i, expected in enumerate(seen[-KEEP:]):
+        error = (shown(averages, model, i) - expected).norm() / (0.1 * 50 * 70**0.5)
         assert error < tolerance
     mean = torch.stack(seen[-KEEP:]).mean(0)
     assert (shown(averages, model, "mean") - mean).norm() / 50 < tolerance
@@ -84,8 +84,8 @@ def test_bias_correction_leaves_out_the_first_weights(every: int) -> None:
     averages, model, seen = followed(12, ema=settings)
     used = seen[1::every]
     factors = torch.tensor([0.9 ** (len(used) - 1 - i) for i in range(len(used))], dtype=torch.float64)
-    want = torch.tensordot(factors / factors.sum(), torch.stack(used), 1)
-    torch.testing.assert_close(shown(averages, model, "ema"), want, rtol=1e-5, atol=1e-6)
+    expected = torch.tensordot(factors / factors.sum(), torch.stack(used), 1)
+    torch.testing.assert_close(shown(averages, model, "ema"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_of_few_bits_are_averaged_in_float32() -> None:
@@ -100,11 +100,11 @@ def test_weights_of_few_bits_are_averaged_in_float32() -> None:
 
 def test_half_lives_forget_in_proportion_to_the_age() -> None:
     averages, model, seen = followed(400, ema={"half_life": 0.1})
-    want = seen[0]
+    expected = seen[0]
     for t, weights in enumerate(seen[1:], 2):
         d = (1 - 1 / t) ** (log(0.5) / log(1 - 0.1))
-        want = d * want + (1 - d) * weights
-    torch.testing.assert_close(shown(averages, model, "ema:half-life:0.1"), want, rtol=1e-4, atol=1e-4)
+        expected = d * expected + (1 - d) * weights
+    torch.testing.assert_close(shown(averages, model, "ema:half-life:0.1"), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("every", "start"), [(1, 0), (3, 4)])
@@ -112,8 +112,8 @@ def test_half_lives_forget_in_proportion_to_the_age() -> None:
 def test_bema_is_that_of_the_paper(every: int, start: int, options: Any) -> None:
     """Algorithm 1 of arXiv 2508.00180 in float64, with the burn-in until the first update; buckets of bfloat16, too."""
     settings = {"decays": 0.9, "bema": options, "update_every": every, "start_step": start}
-    given = {"ema_power": 0.5, "bias_power": 0.2, "lag": 10.0, "multiplier": 1.0}
-    given |= {} if options is True else options
+    inputs = {"ema_power": 0.5, "bias_power": 0.2, "lag": 10.0, "multiplier": 1.0}
+    inputs |= {} if options is True else options
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
         averages, model, seen = followed(13, dtype, ema=settings)
         first = ema = bema = seen[max(start, 1) - 1]
@@ -121,8 +121,8 @@ def test_bema_is_that_of_the_paper(every: int, start: int, options: Any) -> None
             if (step - start) % every:
                 continue
             t = step - max(start, 1)
-            base = given["lag"] + given["multiplier"] * t
-            beta, alpha = base ** -given["ema_power"], base ** -given["bias_power"]
+            base = inputs["lag"] + inputs["multiplier"] * t
+            beta, alpha = base ** -inputs["ema_power"], base ** -inputs["bias_power"]
             ema = (1 - beta) * ema + beta * weights
             bema = ema + alpha * (weights - first)
         torch.testing.assert_close(shown(averages, model, "bema"), bema, rtol=tolerance, atol=tolerance)
@@ -135,11 +135,11 @@ def test_bema_continues_with_the_same_bits() -> None:
     assert averages.names == ["last", "bema"] and not torch.equal(shown(averages, model, "bema"), model.weight.double())
     resumed = twa_scale.RunningAverages(model, ema={"bema": True})
     resumed.load_state_dict(averages.state_dict())
-    for one in (averages, resumed):
+    for instance in (averages, resumed):
         torch.manual_seed(5)
         before = model.weight.detach().clone()
         move(model)
-        one.step()
+        instance.step()
         with torch.no_grad():
             model.weight.copy_(before)
     assert torch.equal(shown(averages, model, "bema"), shown(resumed, model, "bema"))
@@ -185,7 +185,7 @@ def test_training_goes_on_after_learning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({}, "give ema="),
         ({"ema": []}, "give decays"),
@@ -204,13 +204,13 @@ def test_training_goes_on_after_learning() -> None:
         ({"ema": 0.9, "device": "cuda"}, "'auto' or 'cpu'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         twa_scale.RunningAverages(linear(), **options)
 
 
 @pytest.mark.parametrize(
-    ("which", "said"),
+    ("which", "message"),
     [
         ("ema", "is one of several"),
         ("ema:0.7", "keeps ema:0.9, ema:0.99; window:ema:0.7"),
@@ -224,9 +224,9 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], said: 
         ([0.5, 0.5, float("nan")], "finite"),
     ],
 )
-def test_averages_that_are_not_kept_are_refused(which: Any, said: str) -> None:
+def test_averages_that_are_not_kept_are_refused(which: Any, message: str) -> None:
     averages, model, seen = followed(3, ema=[0.9, 0.99], window={"every": 1, "keep": 3})
-    with pytest.raises(ConfigError, match=said), averages.weights(which):
+    with pytest.raises(ConfigError, match=message), averages.weights(which):
         pass
     assert torch.equal(model.weight.detach().double(), seen[-1])
 
@@ -268,16 +268,16 @@ def backward_inside(averages: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (learn_without_snapshots, "the window holds 1"),
         (step_inside, "leave it first"),
         (backward_inside, "not that of the trained weights"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(wrong: Callable[[Any], None], said: str) -> None:
+def test_what_cannot_be_meant_is_refused(wrong: Callable[[Any], None], message: str) -> None:
     averages, _, _ = followed(3, ema=[0.9], window={"every": 3, "keep": 3})
-    with pytest.raises(TwaError, match=said):
+    with pytest.raises(TwaError, match=message):
         wrong(averages)
     with averages.weights("ema"):
         pass
@@ -293,7 +293,7 @@ def test_another_store_than_that_of_the_window_is_refused(key: str, value: str) 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda state: state.pop("settings"), "no `settings`"),
         (lambda state: state.update(settings="{"), "damaged"),
@@ -303,7 +303,7 @@ def test_another_store_than_that_of_the_window_is_refused(key: str, value: str) 
         (lambda state: state["window"].update(steps=torch.zeros(2)), "belongs there"),
     ],
 )
-def test_states_that_do_not_fit_change_nothing(change: Callable[[Any], object], said: str) -> None:
+def test_states_that_do_not_fit_change_nothing(change: Callable[[Any], object], message: str) -> None:
     averages, model, _ = followed(4, ema=[0.9], window={"every": 1, "keep": 3})
     state = averages.state_dict()
     state["window"] = {
@@ -312,7 +312,7 @@ def test_states_that_do_not_fit_change_nothing(change: Callable[[Any], object], 
     state["ema"] = {"ema:0.9": {**state["ema"]["ema:0.9"], "weights": dict(state["ema"]["ema:0.9"]["weights"])}}
     before = {which: shown(averages, model, which) for which in ("ema", "mean")}
     change(state)
-    with pytest.raises(StateError, match=said):
+    with pytest.raises(StateError, match=message):
         averages.load_state_dict(state)
     assert all(torch.equal(shown(averages, model, which), value) for which, value in before.items())
 
@@ -353,14 +353,14 @@ def raise_out_of_memory(*_: Any) -> None:
     raise torch.OutOfMemoryError("no memory")
 
 
-@pytest.mark.parametrize("where", ["_measured", "_buffers", "assemble"])
+@pytest.mark.parametrize("location", ["_measured", "_buffers", "assemble"])
 @pytest.mark.parametrize("fail", [raise_interrupt, raise_out_of_memory])
-def test_training_goes_on_after_learn_has_failed(monkeypatch: Any, where: str, fail: Callable[..., None]) -> None:
+def test_training_goes_on_after_learn_has_failed(monkeypatch: Any, location: str, fail: Callable[..., None]) -> None:
     """Whatever error it is: the weights are given back, none is written back later, and no hook takes gradients."""
     averages, model, seen = followed(4, window={"every": 1, "keep": 3, "store": "dense32"})
-    work = getattr(learning, where)
+    work = getattr(learning, location)
     with monkeypatch.context() as patch:
-        patch.setattr(learning, where, lambda *args: fail(work(*args)))
+        patch.setattr(learning, location, lambda *args: fail(work(*args)))
         with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
             averages.learn()
     assert torch.equal(model.weight.detach().double(), seen[-1])
@@ -405,9 +405,9 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 def fill(key: str, tensor: str, value: float) -> Callable[[dict[str, Any]], None]:
     def change(state: dict[str, Any]) -> None:
-        for name, held in state["window"][key].items():
-            if tensor in name and held.is_floating_point():
-                held.fill_(value)
+        for name, stored in state["window"][key].items():
+            if tensor in name and stored.is_floating_point():
+                stored.fill_(value)
 
     return change
 
@@ -495,22 +495,22 @@ def test_buffers_of_integers_are_held_once() -> None:
     for i in range(1, 4):
         model.get_buffer("1.num_batches_tracked").fill_(i)
         averages.step()
-    held = averages._window
-    assert held is not None
-    assert [int(held.buffer("1.num_batches_tracked", i)) for i in range(3)] == [1, 2, 3]
-    assert held.buffer("mask", 0).all()
+    stored = averages._window
+    assert stored is not None
+    assert [int(stored.buffer("1.num_batches_tracked", i)) for i in range(3)] == [1, 2, 3]
+    assert stored.buffer("mask", 0).all()
 
 
 @pytest.mark.parametrize("calls", [2, 4])
 def test_more_calls_than_steps_are_reported_once(calls: int) -> None:
     model = linear()
     averages = twa_scale.RunningAverages(model, ema=[0.9])
-    with pytest.warns(TwaWarning, match="once, after each step") as said:
+    with pytest.warns(TwaWarning, match="once, after each step") as messages:
         for _ in range(20):
             move(model)
             for _ in range(calls):
                 averages.step()
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize("write", ["skipped", "unseen"])
@@ -550,16 +550,18 @@ def test_tensors_of_any_number_and_size_are_averaged(monkeypatch: Any, dtype: to
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(size, 9) for size in (1, 30, 2, 5, 11, 12))).to(dtype)
     averages = twa_scale.RunningAverages(model, ema=[0.5, 0.9])
-    want = [[p.detach().float()] * 2 for p in model.parameters()]
+    expected = [[p.detach().float()] * 2 for p in model.parameters()]
     for step in range(3):
         move(model)
         averages.step()
-        for p, held in zip(model.parameters(), want, strict=True):
-            held[:] = [w.lerp(p.detach().float(), 1 - d if step else 1) for w, d in zip(held, (0.5, 0.9), strict=True)]
+        for p, stored in zip(model.parameters(), expected, strict=True):
+            stored[:] = [
+                w.lerp(p.detach().float(), 1 - d if step else 1) for w, d in zip(stored, (0.5, 0.9), strict=True)
+            ]
     for i, name in enumerate(("ema:0.5", "ema:0.9")):
         with averages.weights(name):
-            for p, held in zip(model.parameters(), want, strict=True):
-                assert torch.equal(p, held[i].to(dtype))
+            for p, stored in zip(model.parameters(), expected, strict=True):
+                assert torch.equal(p, stored[i].to(dtype))
 
 
 @pytest.mark.parametrize(("which", "from_step"), [([0.2, 0.3, 0.5], 3), (2, 3), (-1, 1), ("2", 3), ("lawa:3", 1)])

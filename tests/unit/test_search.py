@@ -41,11 +41,11 @@ def mean_of(*indices: int) -> Tensor:
 def test_a_sweep_finds_the_window() -> None:
     model, twa = make()
     target = mean_of(2, 3, 4)
-    found = twa_scale.search(twa, lambda: distance(model, target), "sweep", higher_is_better=False)
-    assert found.best.label == "lawa:3" and found.best.score == pytest.approx(0, abs=1e-9)
+    actual = twa_scale.search(twa, lambda: distance(model, target), "sweep", higher_is_better=False)
+    assert actual.best.label == "lawa:3" and actual.best.score == pytest.approx(0, abs=1e-9)
     torch.testing.assert_close(model.weight.detach(), target)
     torch.testing.assert_close(twa.coefficients[:, 0], torch.tensor([0, 0, 1, 1, 1]).double() / 3, rtol=0, atol=1e-6)
-    assert len(found.evaluations) == sum(1 for _ in run(sweep(N), lambda a: 0.0))
+    assert len(actual.evaluations) == sum(1 for _ in run(sweep(N), lambda a: 0.0))
 
 
 def run(generator: Any, loss: Any) -> Any:
@@ -89,8 +89,8 @@ def test_cma_comes_near_the_optimum(constraint: Any) -> None:
         return -distance(model, target)
 
     before = -score()
-    found = twa_scale.search(twa, score, "cma", budget=400, constraint=constraint)
-    assert -found.best.score < 0.02 * before and -score() == pytest.approx(-found.best.score, rel=1e-3)
+    actual = twa_scale.search(twa, score, "cma", budget=400, constraint=constraint)
+    assert -actual.best.score < 0.02 * before and -score() == pytest.approx(-actual.best.score, rel=1e-3)
     torch.testing.assert_close(twa.coefficients.sum(0), torch.ones(1).double())
     assert constraint == "sum" or bool((twa.coefficients > 0).all())
 
@@ -111,11 +111,11 @@ def test_interrupted_search_repeats_no_evaluation(tmp_path: Path, method: Any) -
     twa_scale.search(twa, score, method, budget=7, **kwargs)
     assert calls == 7
     twa.start_from("center")
-    found = twa_scale.search(twa, score, method, budget=9, **kwargs)
+    actual = twa_scale.search(twa, score, method, budget=9, **kwargs)
     assert calls == 9
     model, twa = make(groups="tensor")
     whole = twa_scale.search(twa, lambda: distance(model, mean_of(0, 4)), method, budget=9, higher_is_better=False)
-    assert [(e.label, e.score) for e in whole.evaluations] == [(e.label, e.score) for e in found.evaluations]
+    assert [(e.label, e.score) for e in whole.evaluations] == [(e.label, e.score) for e in actual.evaluations]
 
 
 def test_record_of_other_candidates_is_refused(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_record_of_other_candidates_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"method": "swep"}, "did you mean 'sweep'"),
         ({"budget": 0}, "budget"),
@@ -138,9 +138,9 @@ def test_record_of_other_candidates_is_refused(tmp_path: Path) -> None:
         ({"constraint": "none"}, "constraint"),
     ],
 )
-def test_invalid_arguments_are_refused(arguments: dict[str, Any], said: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     _, twa = make()
-    with pytest.raises(twa_scale.ConfigError, match=said):
+    with pytest.raises(twa_scale.ConfigError, match=message):
         twa_scale.search(twa, lambda: 0.0, **arguments)
 
 
@@ -154,8 +154,8 @@ def test_scores_must_be_numbers() -> None:
     with pytest.raises(twa_scale.TwaError, match="finite"):
         twa_scale.search(twa, lambda: float("nan"))
     torch.testing.assert_close(twa.coefficients, before)
-    found = twa_scale.search(twa, iter([float("nan"), 1.0, float("inf"), *[0.5] * 100]).__next__)
-    assert found.best.score == 1.0
+    actual = twa_scale.search(twa, iter([float("nan"), 1.0, float("inf"), *[0.5] * 100]).__next__)
+    assert actual.best.score == 1.0
 
 
 @pytest.mark.parametrize("center", ["mean", "last"])
@@ -166,8 +166,8 @@ def test_the_best_average_is_set_exactly_or_the_basis_is_refused(center: str) ->
         twa_scale.search(twa, lambda: 0.0)
     for basis in ("pca", "orthonormal", "normalized"):
         model, twa = make(basis=basis, center=center)
-        found = twa_scale.search(twa, partial(distance, model, mean_of(1)), higher_is_better=False)
-        assert distance(model, mean_of(1)) == pytest.approx(found.best.score, rel=1e-4)
+        actual = twa_scale.search(twa, partial(distance, model, mean_of(1)), higher_is_better=False)
+        assert distance(model, mean_of(1)) == pytest.approx(actual.best.score, rel=1e-4)
 
 
 def test_the_simplex_and_many_groups_are_refused() -> None:

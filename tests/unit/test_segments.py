@@ -90,10 +90,10 @@ def test_any_order_of_functions_is_followed(seed: int) -> None:
     tensors = stored([(4, 3, 4), (4, 3, 4)])
     expected, made = make(*tensors.values()), traced(make, tensors)
     assert made.shape == expected.shape
-    cuts = sorted(random.Random(seed).sample(range(expected.numel() + 1), min(6, expected.numel())))
-    for start, stop in pairwise(cuts):
-        found = read(Segments(made.segments("x")), tensors, start, stop)
-        assert torch.equal(found, expected.reshape(-1)[start:stop])
+    parts = sorted(random.Random(seed).sample(range(expected.numel() + 1), min(6, expected.numel())))
+    for start, stop in pairwise(parts):
+        actual = read(Segments(made.segments("x")), tensors, start, stop)
+        assert torch.equal(actual, expected.reshape(-1)[start:stop])
 
 
 @pytest.mark.parametrize("span", [Span("x", 0, 48), Span("x", 7, 31), Span("x", 1, 46, run=3, stride=6)])
@@ -107,9 +107,9 @@ def test_a_span_is_written_to_where_it_was_read(span: Span) -> None:
         runs = list(other.runs())
         for (start, stop), run in zip(runs, part.split([stop - start for start, stop in runs]), strict=True):
             written[other.name][start:stop] = run
-    found = torch.cat(list(written.values()))
-    assert torch.equal(found[found >= 0].sort().values, values.sort().values)
-    assert torch.equal(found[values], values)  # number i stands at place i
+    actual = torch.cat(list(written.values()))
+    assert torch.equal(actual[actual >= 0].sort().values, values.sort().values)
+    assert torch.equal(actual[values], values)  # number i stands at place i
 
 
 @pytest.mark.parametrize("make", [lambda a: a + 1, lambda a: a.to(torch.int32), lambda a: a[::2], torch.abs])

@@ -68,11 +68,11 @@ def make(directory: Path, *names: str) -> Path:
 
 @pytest.mark.parametrize("code", [False, True])
 def test_what_is_carried(tmp_path: Path, code: bool) -> None:
-    told: list[str] = []
-    files = side_files(make(tmp_path, *CARRIED, *LEFT, *CODE), code=code, notify=told.append)
+    messages: list[str] = []
+    files = side_files(make(tmp_path, *CARRIED, *LEFT, *CODE), code=code, notify=messages.append)
     assert sorted(files) == sorted([*CARRIED, *(CODE if code else [])])
-    about_code = [line for line in told if "carry_code" in line]
-    assert len(told) == 2 - code and len(about_code) == 1 - code
+    about_code = [line for line in messages if "carry_code" in line]
+    assert len(messages) == 2 - code and len(about_code) == 1 - code
     assert all(name in line for line in about_code for name in CODE)
     assert side_files(None) == {}
 
@@ -86,12 +86,12 @@ def test_only_regular_files_of_the_directory(tmp_path: Path) -> None:
     (directory / "up").symlink_to("..")
     (directory / "round").symlink_to(".")
     os.mkfifo(directory / "pipe.json")
-    told: list[str] = []
+    messages: list[str] = []
     latest = tmp_path / "latest"
     latest.symlink_to(directory)
-    assert sorted(side_files(latest, notify=told.append)) == ["config.json", "folder/vocab.json", "vocab.json"]
+    assert sorted(side_files(latest, notify=messages.append)) == ["config.json", "folder/vocab.json", "vocab.json"]
     for name in ("tokenizer.json", "dangling.json", "up", "round", "pipe.json"):
-        assert any(name in line for line in told), name
+        assert any(name in line for line in messages), name
 
 
 def test_the_cache_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
@@ -109,18 +109,18 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, limit)
     for number, size in enumerate([1, 101, 100, 60, 49, 0]):
         (tmp_path / f"{number}.txt").write_bytes(bytes(size))
-    told: list[str] = []
-    assert list(side_files(tmp_path, notify=told.append)) == ["0.txt", "2.txt", "4.txt"]
-    assert len(told) == 1 and all(f"'{number}.txt'" in told[0] for number in (1, 3, 5))
+    messages: list[str] = []
+    assert list(side_files(tmp_path, notify=messages.append)) == ["0.txt", "2.txt", "4.txt"]
+    assert len(messages) == 1 and all(f"'{number}.txt'" in messages[0] for number in (1, 3, 5))
 
 
 def test_modules_with_weights_of_their_own_are_reported(tmp_path: Path) -> None:
     make(tmp_path, "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "onnx/model.onnx")
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    told: list[str] = []
-    assert sorted(side_files(tmp_path, notify=told.append)) == ["1_Pooling/config.json", "modules.json"]
-    assert len(told) == 1 and "'2_Dense'" in told[0] and "not averaged" in told[0]
+    messages: list[str] = []
+    assert sorted(side_files(tmp_path, notify=messages.append)) == ["1_Pooling/config.json", "modules.json"]
+    assert len(messages) == 1 and "'2_Dense'" in messages[0] and "not averaged" in messages[0]
 
 
 def test_a_type_that_is_converted_is_said_in_the_configuration() -> None:

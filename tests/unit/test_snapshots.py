@@ -76,11 +76,11 @@ def test_dtype_files_and_shards(ranks: Pool, tmp_path: Path) -> None:
     ranks(snap, 2, directory=tmp_path, engine="fsdp2", steps=[3], every_n_steps=3, **options)
     out = tmp_path / "step-00000003"
     assert (out / "config.json").read_bytes() == b"{}" and (out / "model.safetensors.index.json").exists()
-    found: Tensors = {}
+    actual: Tensors = {}
     for file in out.glob("*.safetensors"):
-        found |= load_file(file)
+        actual |= load_file(file)
     wanted = expected(3)
-    assert_same(found, {n: t.bfloat16() if t.is_floating_point() else t for n, t in wanted.items()})
+    assert_same(actual, {n: t.bfloat16() if t.is_floating_point() else t for n, t in wanted.items()})
 
 
 def test_same_step_is_replaced(tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_invalid_file_content(tmp_path: Path) -> None:
 
 def test_unreadable_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, said in (("pipe", "not a regular file"), ("missing", "missing")):
+    for name, messages in (("pipe", "not a regular file"), ("missing", "missing")):
         snapshots = Snapshots(tmp_path / "out", every_n_steps=1, files={"config.json": tmp_path / name})
-        with pytest.raises(OutputError, match=said):
+        with pytest.raises(OutputError, match=messages):
             snapshots.save(models.build(0), 1)
     assert left(tmp_path / "out") == []
 

@@ -171,8 +171,8 @@ def test_slices_of_any_layout(data: st.DataObject) -> None:
 def test_checksums_add_up_over_any_split(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     values = (torch.randn(data.draw(st.integers(1, 40))) * 100).to(dtype)
-    cut = data.draw(st.integers(0, len(values)))
-    assert checksum(values) == wrap(checksum(values[:cut]) + checksum(values[cut:]))
+    part = data.draw(st.integers(0, len(values)))
+    assert checksum(values) == wrap(checksum(values[:part]) + checksum(values[part:]))
     changed = values.clone().view(torch.uint8)
     changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1
     assert checksum(changed.view(dtype)) != checksum(values)
@@ -186,9 +186,9 @@ def test_checksums_wrap_around() -> None:
 # Finding them
 
 
-def test_globs_are_in_natural_order(here: Path) -> None:
+def test_globs_are_in_natural_order(working_directory: Path) -> None:
     for i in (10, 2, 1):
-        save_whole(here / f"run/step-{i}", tensors(i))
+        save_whole(working_directory / f"run/step-{i}", tensors(i))
     assert [c.label for c in open_candidates("run/step-*")] == ["run/step-1", "run/step-2", "run/step-10"]
     assert [c.label for c in open_candidates(["run/step-10", "run/step-?"])] == [
         "run/step-10",
@@ -197,42 +197,42 @@ def test_globs_are_in_natural_order(here: Path) -> None:
     ]
 
 
-def test_unfinished_outputs_are_not_matched(here: Path) -> None:
+def test_unfinished_outputs_are_not_matched(working_directory: Path) -> None:
     for name in ("step-1", "step-2", ".step-3.tmp-0a1b2c3d", "step-4.tmp-0a1b2c3d"):
-        save_whole(here / ".cache" / name, tensors())
-    assert len(open_candidates(str(here / ".cache/*"))) == 2
+        save_whole(working_directory / ".cache" / name, tensors())
+    assert len(open_candidates(str(working_directory / ".cache/*"))) == 2
     assert len(open_candidates(".cache/**/model.safetensors")) == 2
 
 
-def test_contents_of_a_directory(here: Path) -> None:
+def test_contents_of_a_directory(working_directory: Path) -> None:
     for name, file in [("a", "adapter.safetensors"), ("b", "pytorch_model.bin")]:
-        (here / name).mkdir()
-        path = here / name / file
+        (working_directory / name).mkdir()
+        path = working_directory / name / file
         save_file(tensors(), path) if path.suffix == ".safetensors" else torch.save(tensors(), path)
     assert len(open_candidates(["a", "b"])) == 2
-    (here / "c").mkdir()
+    (working_directory / "c").mkdir()
     message = refused(["a", "c"])
     assert message.startswith("c: ") and "model.safetensors" in message and "'c/*'" in message
-    save_file(tensors(), here / "a/second.safetensors")
+    save_file(tensors(), working_directory / "a/second.safetensors")
     assert "2 *.safetensors files without an index" in refused(["a", "b"])
 
 
-def test_too_few(here: Path) -> None:
-    save_whole(here / "step-1", tensors())
+def test_too_few(working_directory: Path) -> None:
+    save_whole(working_directory / "step-1", tensors())
     message = refused("step-*")
     assert "found 1 (step-1)" in message and "at least 2" in message
     assert len(open_candidates("step-*", minimum=1)) == 1
     assert "the list is empty" in refused([])
     message = refused("nowhere/*")
-    assert "'nowhere/*'" in message and str(here) in message
+    assert "'nowhere/*'" in message and str(working_directory) in message
     assert "nowhere" in refused(["step-1", "nowhere"])
 
 
-def test_pattern_matches_other_file(here: Path) -> None:
-    save_whole(here / "step-1", tensors())
-    (here / "log.txt").write_text("loss 1.0")
+def test_pattern_matches_other_file(working_directory: Path) -> None:
+    save_whole(working_directory / "step-1", tensors())
+    (working_directory / "log.txt").write_text("loss 1.0")
     message = refused("*")
-    assert "'log.txt'" in message and "'*'" in message and str(here) in message
+    assert "'log.txt'" in message and "'*'" in message and str(working_directory) in message
     assert "not a file of weights" in refused(["step-1", "log.txt"])
 
 
@@ -240,7 +240,7 @@ def test_pattern_matches_other_file(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected_message"),
     [
         (lambda s: s.pop("layers.1.weight"), ["'layers.1.weight' is missing"]),
         (lambda s: s.update(extra=torch.ones(1)), ["holds tensor 'extra'"]),
@@ -255,15 +255,15 @@ def test_pattern_matches_other_file(here: Path) -> None:
 )
 @pytest.mark.parametrize("odd", [0, 1, 2])
 def test_incompatible_candidate_is_named(
-    here: Path, change: Callable[[Tensors], None], said: list[str], odd: int
+    working_directory: Path, change: Callable[[Tensors], None], expected_message: list[str], odd: int
 ) -> None:
     for i in range(3):
         state = tensors(i)
         if i == odd:
             change(state)
-        save_whole(here / f"step-{i}", state)
+        save_whole(working_directory / f"step-{i}", state)
     message = refused("step-*")
-    assert message.startswith(f"step-{odd}") and all(part in message for part in said), message
+    assert message.startswith(f"step-{odd}") and all(part in message for part in expected_message), message
 
 
 def test_floating_types_may_differ() -> None:
@@ -278,11 +278,11 @@ def test_names_that_collide() -> None:
 
 
 def test_tensors_that_cannot_be_read() -> None:
-    for tensor, said in [
+    for tensor, messages in [
         (torch.ones(2, device="meta"), "meta"),
         (torch.ones(2).to_sparse(), "sparse"),
     ]:
-        assert said in refused([{"w": tensor}, {"w": tensor}])
+        assert messages in refused([{"w": tensor}, {"w": tensor}])
     assert "holds no tensors" in refused([{"epoch": 1}, {"epoch": 2}])
 
 
@@ -292,10 +292,10 @@ def test_tensors_that_cannot_be_read() -> None:
 Damage = Callable[[bytearray], bytes | bytearray]
 
 
-def damaged(here: Path, damage: Damage) -> str:
-    save_whole(here / "step-1", tensors())
-    save_whole(here / "step-2", tensors())
-    file = here / "step-2/model.safetensors"
+def damaged(working_directory: Path, damage: Damage) -> str:
+    save_whole(working_directory / "step-1", tensors())
+    save_whole(working_directory / "step-2", tensors())
+    file = working_directory / "step-2/model.safetensors"
     file.write_bytes(damage(bytearray(file.read_bytes())))
     message = refused("step-*")
     assert message.startswith("step-2/model.safetensors: ")
@@ -317,13 +317,13 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
-def test_truncated(here: Path) -> None:
-    message = damaged(here, lambda raw: raw[:-3])
+def test_truncated(working_directory: Path) -> None:
+    message = damaged(working_directory, lambda raw: raw[:-3])
     assert "truncated" in message and "tensor" in message
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda raw: raw[:5], "truncated"),
         (lambda raw: b"", "is empty"),
@@ -345,13 +345,13 @@ def test_truncated(here: Path) -> None:
         (rewritten(lambda e: e.update(twin=e["scalar"])), "a gap or an overlap"),
     ],
 )
-def test_garbage(here: Path, damage: Damage, said: str) -> None:
-    assert said in damaged(here, damage)
+def test_garbage(working_directory: Path, damage: Damage, message: str) -> None:
+    assert message in damaged(working_directory, damage)
 
 
-def test_a_file_that_shrinks_while_in_use(here: Path) -> None:
+def test_a_file_that_shrinks_while_in_use(working_directory: Path) -> None:
     for save, name in ((save_whole, "step-1/model.safetensors"), (save_torch, "other.pt")):
-        path = here / name
+        path = working_directory / name
         save(path.parent if save is save_whole else path, tensors())
         (candidate,) = open_candidates([path], minimum=1)
         path.write_bytes(path.read_bytes()[:-400])
@@ -360,9 +360,9 @@ def test_a_file_that_shrinks_while_in_use(here: Path) -> None:
                 read(candidate, tensor, 0, torch.Size(candidate.shape(tensor)).numel())
 
 
-def test_index_problems(here: Path) -> None:
-    path = save_shards(here / "step-1", tensors())
-    save_whole(here / "step-2", tensors())
+def test_index_problems(working_directory: Path) -> None:
+    path = save_shards(working_directory / "step-1", tensors())
+    save_whole(working_directory / "step-2", tensors())
     assert len(open_candidates("step-*")) == 2
     index = path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -382,8 +382,8 @@ def test_index_problems(here: Path) -> None:
         assert "model.safetensors.index.json" in refused("step-*")
 
 
-def test_files_that_hold_more_than_the_index_says(here: Path) -> None:
-    path = save_shards(here / "step-1", tensors())
+def test_files_that_hold_more_than_the_index_says(working_directory: Path) -> None:
+    path = save_shards(working_directory / "step-1", tensors())
     index = path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     del content["weight_map"]["scalar"]
@@ -420,7 +420,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_that_runs_code(here: Path, legacy: bool) -> None:
+def test_a_pickle_that_runs_code(working_directory: Path, legacy: bool) -> None:
     torch.save({"w": torch.ones(2), "x": Malicious()}, "bad.pt", _use_new_zipfile_serialization=not legacy)
     message = refused(["bad.pt", "bad.pt"])
     assert message.startswith("bad.pt: ") and "refused and nothing in it was run" in message
@@ -428,13 +428,13 @@ def test_a_pickle_that_runs_code(here: Path, legacy: bool) -> None:
     assert not Path("ran").exists()
 
 
-def test_a_bare_pickle_that_runs_code(here: Path) -> None:
+def test_a_bare_pickle_that_runs_code(working_directory: Path) -> None:
     Path("bad.bin").write_bytes(pickle.dumps({"w": Malicious()}))
     assert "nothing in it was run" in refused(["bad.bin", "bad.bin"])
     assert not Path("ran").exists()
 
 
-def test_torch_files_that_are_damaged(here: Path) -> None:
+def test_torch_files_that_are_damaged(working_directory: Path) -> None:
     torch.save(tensors(), "whole.pt")
     raw = Path("whole.pt").read_bytes()
     Path("cut.pt").write_bytes(raw[: len(raw) // 2])
@@ -450,7 +450,7 @@ def test_torch_files_that_are_damaged(here: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "module", None])
-def test_keys_of_the_weights_in_torch_files(here: Path, key: str | None) -> None:
+def test_keys_of_the_weights_in_torch_files(working_directory: Path, key: str | None) -> None:
     state = {"w": torch.randn(4, 6).t(), "conv": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
     content: dict[str, object] = {key: state, "best": torch.ones(1)} if key else dict(state)
     torch.save(content | {"epoch": 3, "optimizer": {"state": {}}}, "x.pt")

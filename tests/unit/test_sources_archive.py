@@ -68,7 +68,7 @@ def test_objects_become_stubs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda raw: raw[:-10], "truncated"),
         (lambda raw: raw[: len(raw) // 2], "truncated"),
@@ -77,8 +77,8 @@ def test_objects_become_stubs(tmp_path: Path) -> None:
         (lambda raw: raw.replace(b"torch._utils", b"torch._xtils"), "CRC|cannot be parsed"),
     ],
 )
-def test_damaged(tmp_path: Path, damage: Callable[[bytes], bytes], said: str) -> None:
+def test_damaged(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
     (tmp_path / "x").write_bytes(damage(saved({"w": torch.ones(2)})))
-    with pytest.raises(CandidateError, match=said) as error:
+    with pytest.raises(CandidateError, match=message) as error:
         Archive(File(tmp_path / "x")).content()["w"]
     assert str(error.value).startswith(f"{tmp_path / 'x'}: ")

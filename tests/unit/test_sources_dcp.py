@@ -47,11 +47,11 @@ def assert_holds(path: Path, expected: Tensors) -> None:
     for name, wanted in expected.items():
         assert (candidate.shape(name), candidate.dtype(name)) == (tuple(wanted.shape), wanted.dtype)
         n = wanted.numel()
-        cuts = [sorted(generator.choices(range(n + 1), k=2)) for _ in range(8)]
-        for start, stop in [(0, n), (0, 0), (n, n), *cuts]:
-            found = read(candidate, name, start, stop)
-            assert torch.equal(found, wanted.reshape(-1)[start:stop]), (name, start, stop)
-            total += found.nbytes
+        parts = [sorted(generator.choices(range(n + 1), k=2)) for _ in range(8)]
+        for start, stop in [(0, n), (0, 0), (n, n), *parts]:
+            actual = read(candidate, name, start, stop)
+            assert torch.equal(actual, wanted.reshape(-1)[start:stop]), (name, start, stop)
+            total += actual.nbytes
     assert candidate.bytes_read == total
     candidate.close()
 
@@ -66,18 +66,18 @@ def test_boxes_of_any_shape(data: st.DataObject) -> None:
     starts = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
     sizes = tuple(data.draw(st.integers(1, size - start)) for size, start in zip(shape, starts, strict=True))
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)
-    inside = torch.zeros(shape, dtype=torch.bool)
-    inside[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] = True
-    values, inside = tensor[inside], inside.reshape(-1)
+    inner = torch.zeros(shape, dtype=torch.bool)
+    inner[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] = True
+    values, inner = tensor[inner], inner.reshape(-1)
     start = data.draw(st.integers(0, tensor.numel() - 1))
     stop = data.draw(st.integers(start + 1, tensor.numel()))
     before = count_before(shape, starts, sizes, start)
     count = count_before(shape, starts, sizes, stop) - before
-    assert (before, count) == (int(inside[:start].sum()), int(inside[start:stop].sum()))
+    assert (before, count) == (int(inner[:start].sum()), int(inner[start:stop].sum()))
     out = torch.full((stop - start,), -1)
     if count:
         assert scatter(values[before : before + count], shape, starts, sizes, start, out) == count
-    assert torch.equal(out, torch.where(inside, tensor.reshape(-1), -1)[start:stop])
+    assert torch.equal(out, torch.where(inner, tensor.reshape(-1), -1)[start:stop])
 
 
 # What real ranks write
@@ -146,9 +146,9 @@ def test_slices_are_what_was_saved(written: Path, tmp_path: Path) -> None:
     assert_holds(written / "fsdp2", model)
     assert_holds(written / "fsdp1", model)
     assert_holds(written / "mesh", odd())
-    held = {name: value for name, value in odd().items() if name not in NOT_IN_SAFETENSORS}
+    stored = {name: value for name, value in odd().items() if name not in NOT_IN_SAFETENSORS}
     for folder in HF_FOLDERS:
-        assert_holds(written / folder, held)
+        assert_holds(written / folder, stored)
     # what DCP itself makes of it, whole
     dcp_to_torch_save(written / "fsdp1", tmp_path / "whole.pt")
     assert_holds(written / "fsdp1", torch.load(tmp_path / "whole.pt")["state_dict"])
@@ -251,7 +251,7 @@ def save_shards(directory: Path) -> None:
 
 def grid(shape: tuple[int, ...], cuts: list[list[int]]) -> list[Box]:
     """Return the boxes of a grid of cuts in every dim."""
-    ends = [sorted({0, *cut, size}) for cut, size in zip(cuts, shape, strict=True)]
+    ends = [sorted({0, *part, size}) for part, size in zip(cuts, shape, strict=True)]
     spans = [list(itertools.pairwise(end)) for end in ends]
     return [Box(tuple(a for a, _ in cell), tuple(b - a for a, b in cell), (0,)) for cell in itertools.product(*spans)]
 
@@ -266,16 +266,16 @@ def test_boxes_must_cover_each_element_once(data: st.DataObject) -> None:
         i, j = data.draw(st.integers(0, len(boxes) - 1)), data.draw(st.integers(0, len(boxes) - 1))
         boxes[i] = boxes[j]._replace(sizes=boxes[i].sizes)
     counts = torch.zeros(shape, dtype=torch.int64)
-    inside = True
+    inner = True
     for starts, sizes, _ in boxes:
         counts[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] += 1
-        inside &= all(a + n <= size for a, n, size in zip(starts, sizes, shape, strict=True))
+        inner &= all(a + n <= size for a, n, size in zip(starts, sizes, shape, strict=True))
     try:
         BoxTensor(shape, torch.float32, boxes, lambda box: pytest.fail("not read"), "x")
         accepted = True
     except CandidateError:
         accepted = False
-    assert accepted == (inside and bool((counts == 1).all()))
+    assert accepted == (inner and bool((counts == 1).all()))
 
 
 def test_boxes_with_an_overlap_and_a_gap(tmp_path: Path) -> None:

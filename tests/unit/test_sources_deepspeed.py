@@ -56,11 +56,11 @@ def test_slices_match_zero_to_fp32(written: Path) -> None:
                 assert candidate.dtype(name) == (torch.float32 if full else torch.bfloat16), (case, name)
             assert candidate.shape(name) == tuple(wanted.shape)
             n = wanted.numel()
-            cuts = [sorted(generator.choices(range(n + 1), k=2)) for _ in range(8)]
-            for start, stop in [(0, n), (0, 0), (n, n), *cuts]:
-                found = read(candidate, name, start, stop)
-                assert torch.equal(found, wanted.reshape(-1)[start:stop].to(found.dtype)), (case, name, start, stop)
-                total += found.nbytes
+            parts = [sorted(generator.choices(range(n + 1), k=2)) for _ in range(8)]
+            for start, stop in [(0, n), (0, 0), (n, n), *parts]:
+                actual = read(candidate, name, start, stop)
+                assert torch.equal(actual, wanted.reshape(-1)[start:stop].to(actual.dtype)), (case, name, start, stop)
+                total += actual.nbytes
         assert candidate.bytes_read == total
         candidate.close()
 
@@ -73,8 +73,8 @@ def test_asynchronous_snapshots_of_a_step_hold_what_its_checkpoint_does(written:
     assert {*checkpoint.names()} - {*snapshot.names()} == {"head.weight"}  # tied to the embedding
     for name in snapshot.names():
         n = torch.Size(snapshot.shape(name)).numel()
-        found, wanted = read(snapshot, name, 0, n), read(checkpoint, name, 0, n)
-        assert torch.equal(found, wanted.to(found.dtype)), name
+        actual, wanted = read(snapshot, name, 0, n), read(checkpoint, name, 0, n)
+        assert torch.equal(actual, wanted.to(actual.dtype)), name
 
 
 @pytest.mark.parametrize("pattern", ["*.ckpt", "*.ckpt/checkpoint"])
@@ -111,20 +111,20 @@ def test_directories_of_lightning_are_read_and_the_prefix_of_the_module_is_found
 def test_the_same_form_has_the_average_in_every_place(written: Path, first: str, last: str, tmp_path: Path) -> None:
     """Candidates of another number of ranks; the output has the files of the last one."""
     average_fixed([str(written / first), str(written / last)], tmp_path / "out", format="same")
-    found = opened(tmp_path / "out")
+    actual = opened(tmp_path / "out")
     states = [torch.load(written / f"{case.removesuffix('/global_step1')}.pt") for case in (first, last)]
-    for name, places in storages_in_deepspeed(tmp_path / "out").items():
+    for name, positions in storages_in_deepspeed(tmp_path / "out").items():
         wanted = sum(state[name].double() / 2 for state in states)
         if not states[1][name].is_floating_point() or name == "mean":
             wanted = states[1][name]
-        values = read(found, name, 0, wanted.numel())
+        values = read(actual, name, 0, wanted.numel())
         torch.testing.assert_close(
             values.double(),
             wanted.reshape(-1).double(),
             rtol=1e-6 if values.dtype == torch.float32 else 1e-2,
             atol=1e-6,
         )
-        for place in places:
+        for place in positions:
             copy = torch.empty(wanted.numel(), dtype=place.dtype)
             place.read(0, copy, name)
             assert torch.equal(copy, values.to(place.dtype)), name
@@ -277,9 +277,9 @@ def test_files_of_another_save(copied: Callable[[str], Path], written: Path) -> 
 def test_ranks_with_different_dtypes(copied: Callable[[str], Path], case: str, held_in: str) -> None:
     def halve(content: dict[str, Any]) -> None:
         state = content.get("optimizer_state_dict", content)
-        held = state[held_in]
-        for key in list(held) if isinstance(held, dict) else range(len(held)):
-            held[key] = held[key].half()
+        stored = state[held_in]
+        for key in list(stored) if isinstance(stored, dict) else range(len(stored)):
+            stored[key] = stored[key].half()
 
     folder = copied(case)
     which = "*pp_rank_1_*_model_states.pt" if "frozen" in held_in else "*pp_rank_1_*_optim_states.pt"
@@ -298,7 +298,7 @@ def test_shapes_that_the_partitions_do_not_fit(copied: Callable[[str], Path]) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected_message"),
     [
         ("mp_rank_01_model_states.pt", "tensor or model parallelism"),
         ("layer_3_expert_0_mp_rank_00_model_states.pt", "experts (MoE)"),
@@ -306,11 +306,11 @@ def test_shapes_that_the_partitions_do_not_fit(copied: Callable[[str], Path]) ->
         ("layer_01-model_00-model_states.pt", "a pipeline of stages"),
     ],
 )
-def test_unsupported_parallelism_is_refused(copied: Callable[[str], Path], name: str, said: str) -> None:
+def test_unsupported_parallelism_is_refused(copied: Callable[[str], Path], name: str, expected_message: str) -> None:
     folder = copied("1/2-fp32")
     shutil.copy(folder / "mp_rank_00_model_states.pt", folder / name)
     message = refused(folder)
-    assert f"holds '{name}'" in message and said in message and "not supported" in message
+    assert f"holds '{name}'" in message and expected_message in message and "not supported" in message
 
 
 def test_huge_number_of_ranks_is_refused_quickly(tmp_path: Path) -> None:

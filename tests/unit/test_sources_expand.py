@@ -30,30 +30,30 @@ def steps(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["lr=0.1,seed=[1]", "run[a]", "what?", "a*b", "ein schöner ordner ☃", "[", "{1,2}"])
-def test_folders_that_exist_are_no_patterns(here: Path, name: str) -> None:
-    steps(here / name)
+def test_folders_that_exist_are_no_patterns(working_directory: Path, name: str) -> None:
+    steps(working_directory / name)
     expected = [f"{name}/step-1", f"{name}/step-2"]
     assert found(f"{name}/step-*") == (expected, []) == found(expected)
-    assert found(str(here / name / "step-*"))[0] == [str(here / path) for path in expected]
+    assert found(str(working_directory / name / "step-*"))[0] == [str(working_directory / path) for path in expected]
 
 
 @pytest.mark.parametrize("name", ["MODEL.SAFETENSORS", "Model.Safetensors", "X.PT", "x.Bin"])
-def test_suffixes_in_capitals(here: Path, name: str) -> None:
-    write(here / "a" / name)
+def test_suffixes_in_capitals(working_directory: Path, name: str) -> None:
+    write(working_directory / "a" / name)
     assert open_candidates([f"a/{name}"], minimum=1)[0].names() == ["w"]
     assert found(f"a/{name[:2]}*") == ([f"a/{name}"], [])
     if name.lower().endswith("safetensors"):
         assert open_candidates(["a"], minimum=1)[0].names() == ["w"]
 
 
-def test_a_folder_may_be_called_like_a_file(here: Path) -> None:
-    write(here / "1.safetensors/model.safetensors")
-    write(here / "2.safetensors")
+def test_a_folder_may_be_called_like_a_file(working_directory: Path) -> None:
+    write(working_directory / "1.safetensors/model.safetensors")
+    write(working_directory / "2.safetensors")
     assert len(open_candidates("*.safetensors")) == 2
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("", "'' is not a path. Is a variable of the shell empty?"),
         ("a\0b", "is not a path"),
@@ -71,10 +71,10 @@ def test_a_folder_may_be_called_like_a_file(here: Path) -> None:
         ("run/stop-1", "no such file or directory"),
     ],
 )
-def test_what_is_not_there(here: Path, spec: str, said: str) -> None:
-    steps(here / "run")
-    for given in (spec, ["run/step-1", spec]):
-        assert any(part in refused(given) for part in said.split("|")), refused(given)
+def test_what_is_not_there(working_directory: Path, spec: str, message: str) -> None:
+    steps(working_directory / "run")
+    for inputs in (spec, ["run/step-1", spec]):
+        assert any(part in refused(inputs) for part in message.split("|")), refused(inputs)
     with pytest.raises(CandidateError):  # as the ranks of a run look
         open_together(["run/step-1", spec], Group.alone())
 
@@ -91,35 +91,41 @@ def circle(link: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [dangling, circle])
-def test_broken_links_are_refused(here: Path, make: Callable[[Path], None]) -> None:
-    steps(here / "run")
-    make(here / "run/step-3")
+def test_broken_links_are_refused(working_directory: Path, make: Callable[[Path], None]) -> None:
+    steps(working_directory / "run")
+    make(working_directory / "run/step-3")
     for spec in ("run/step-*", "run/step-3", ["run/step-1", "run/step-3"]):
         assert "'run/step-3'" in refused(spec) or refused(spec).startswith("run/step-3: "), refused(spec)
         assert "a broken link" in refused(spec)
-    make(here / "run/step-1/extra.json")
+    make(working_directory / "run/step-1/extra.json")
     assert found("run/step-[12]")[0] == ["run/step-1", "run/step-2"]
-    (here / "run/step-1/model.safetensors").unlink()
-    make(here / "run/step-1/model.safetensors")
+    (working_directory / "run/step-1/model.safetensors").unlink()
+    make(working_directory / "run/step-1/model.safetensors")
     assert "'model.safetensors' exists, but is not a regular file" in refused(["run/step-1"])
 
 
-def test_circles_of_folders_end(here: Path) -> None:
+def test_circles_of_folders_end(working_directory: Path) -> None:
     """Two of them make a tree of 2^40 paths for what follows links."""
-    steps(here / "run")
+    steps(working_directory / "run")
     for name in ("again", "once-more"):
-        (here / "run" / name).symlink_to(".")
+        (working_directory / "run" / name).symlink_to(".")
     assert found("run/**/model.safetensors")[0] == ["run/step-1/model.safetensors", "run/step-2/model.safetensors"]
 
 
 @pytest.mark.parametrize("closed", ["run/step-1", "run/step-1/model.safetensors", "run"])
-def test_what_may_not_be_read(here: Path, closed: str, request: pytest.FixtureRequest) -> None:
-    steps(here / "run")
-    for folder in (here, *here.parents[:3], here / "run", here / "run/step-1", here / "run/step-2"):
+def test_what_may_not_be_read(working_directory: Path, closed: str, request: pytest.FixtureRequest) -> None:
+    steps(working_directory / "run")
+    for folder in (
+        working_directory,
+        *working_directory.parents[:3],
+        working_directory / "run",
+        working_directory / "run/step-1",
+        working_directory / "run/step-2",
+    ):
         folder.chmod(0o777)
-    for file in here.glob("run/*/*"):
+    for file in working_directory.glob("run/*/*"):
         file.chmod(0o666)
-    (here / closed).chmod(0)
+    (working_directory / closed).chmod(0)
     request.getfixturevalue("nobody")
     for spec in (["run/step-1", "run/step-2"], ["run/step-1/model.safetensors"]):
         message = refused(spec)
@@ -141,14 +147,14 @@ def test_what_may_not_be_read(here: Path, closed: str, request: pytest.FixtureRe
     ],
     ids=str,
 )
-def test_the_parts_of_ranks_are_no_candidates(here: Path, names: list[str], pattern: str) -> None:
+def test_the_parts_of_ranks_are_no_candidates(working_directory: Path, names: list[str], pattern: str) -> None:
     """Their shapes are often equal, so that an average looks right."""
     for name in names:
-        write(here / name)
+        write(working_directory / name)
     message = refused(pattern)
     assert f"'{pattern}'" in message and "parts of one model" in message and repr(names[0]) in message
-    paths, said = found(names)  # as a shell expands the pattern
-    assert paths == names and len(said) == 1 and "parts of one model" in said[0]
+    paths, messages = found(names)  # as a shell expands the pattern
+    assert paths == names and len(messages) == 1 and "parts of one model" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -156,24 +162,24 @@ def test_the_parts_of_ranks_are_no_candidates(here: Path, names: list[str], patt
     [["rank-8.pt", "rank-16.pt"], ["rank0-step1.pt", "rank0-step2.pt"], ["tp1.pt"], ["crank0.pt", "crank1.pt"]],
     ids=str,
 )
-def test_candidates_with_numbers_of_ranks(here: Path, names: list[str]) -> None:
+def test_candidates_with_numbers_of_ranks(working_directory: Path, names: list[str]) -> None:
     for name in names:
-        write(here / name)
+        write(working_directory / name)
     assert found("*.pt") == (names, [])
 
 
-def test_versions_in_a_list_are_said(here: Path) -> None:
+def test_versions_in_a_list_are_said(working_directory: Path) -> None:
     """As when a shell has expanded `*.pt`."""
-    names = [write(here / name).name for name in ("1.pt", "1_ema.pt")]
-    paths, said = found(names)
-    assert paths == names and len(said) == 1 and "versions of one model" in said[0]
+    names = [write(working_directory / name).name for name in ("1.pt", "1_ema.pt")]
+    paths, messages = found(names)
+    assert paths == names and len(messages) == 1 and "versions of one model" in messages[0]
 
 
 # Folders of folders
 
 
 @pytest.mark.parametrize(
-    ("files", "inside"),
+    ("files", "inner"),
     [
         (["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"], "'unet', 'vae'"),
         (["snapshots/0a1b/model.safetensors"], "'snapshots/0a1b'"),
@@ -182,15 +188,15 @@ def test_versions_in_a_list_are_said(here: Path) -> None:
     ],
     ids=str,
 )
-def test_folders_with_weights_in_them_are_named(here: Path, files: list[str], inside: str) -> None:
+def test_folders_with_weights_in_them_are_named(working_directory: Path, files: list[str], inner: str) -> None:
     for name in ("1", "2"):
         for file in files:
-            (here / name / file).parent.mkdir(parents=True, exist_ok=True)
-            (here / name / file).write_bytes(b"x")
+            (working_directory / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (working_directory / name / file).write_bytes(b"x")
     message = refused("*")
-    assert message.startswith("1: is no candidate") and f"There are weights in {inside}" in message
+    assert message.startswith("1: is no candidate") and f"There are weights in {inner}" in message
     assert found("*") == (["1", "2"], [])  # not the same because neither holds a file
-    (here / "1/args.pkl").write_bytes(b"x")
+    (working_directory / "1/args.pkl").write_bytes(b"x")
     assert refused("*") == message  # a file that is not read does not hide them
 
 
@@ -198,7 +204,7 @@ def test_folders_with_weights_in_them_are_named(here: Path, files: list[str], in
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("m.gguf", "a file of llama.cpp (GGUF)"),
         ("flax_model.msgpack", "a file of Flax (JAX)"),
@@ -208,23 +214,23 @@ def test_folders_with_weights_in_them_are_named(here: Path, files: list[str], in
         ("__0_0.distcp", "whose `.metadata` is not there"),
     ],
 )
-def test_formats_that_are_not_read_are_named(here: Path, name: str, said: str) -> None:
+def test_formats_that_are_not_read_are_named(working_directory: Path, name: str, message: str) -> None:
     for step in ("1", "2"):
-        (here / step).mkdir()
-        (here / step / name).write_bytes(b"x")
-    assert refused("*").startswith("1: is no candidate") and said in refused("*")
+        (working_directory / step).mkdir()
+        (working_directory / step / name).write_bytes(b"x")
+    assert refused("*").startswith("1: is no candidate") and message in refused("*")
     for spec in (f"*/{name}", f"1/{name}"):
-        assert f"1/{name}" in refused(spec) and said in refused(spec)
+        assert f"1/{name}" in refused(spec) and message in refused(spec)
 
 
 @pytest.mark.parametrize("name", ["model.tar", "model.pkl"])
-def test_files_of_torch_with_another_name_are_to_be_renamed(here: Path, name: str) -> None:
+def test_files_of_torch_with_another_name_are_to_be_renamed(working_directory: Path, name: str) -> None:
     for step in ("1", "2"):
-        (here / step).mkdir()
-        torch.save({"w": torch.ones(2)}, here / step / name)
+        (working_directory / step).mkdir()
+        torch.save({"w": torch.ones(2)}, working_directory / step / name)
     for spec in ("1", f"*/{name}", f"1/{name}"):
         assert f"{name!r} is an archive as torch.save writes it" in refused(spec) and "'model.pt'" in refused(spec)
-    (here / "1" / name).write_bytes(b"x")
+    (working_directory / "1" / name).write_bytes(b"x")
     assert "torch.save writes it" not in refused("1")
 
 
@@ -232,7 +238,7 @@ _FILE = save({"w": torch.ones(2)})
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("m.safetensors", b"", "is empty"),
         ("m.bin", b"", "is empty"),
@@ -245,6 +251,8 @@ _FILE = save({"w": torch.ones(2)})
         ("m.safetensors", save({"w": torch.ones(2)}, {"format": "flax"}), "is of Flax (JAX) by its header"),
     ],
 )
-def test_contents_that_are_not_those_of_the_name(here: Path, name: str, content: bytes, said: str) -> None:
-    (here / name).write_bytes(content)
-    assert refused(name).startswith(f"{name}: ") and said in refused(name)
+def test_contents_that_are_not_those_of_the_name(
+    working_directory: Path, name: str, content: bytes, message: str
+) -> None:
+    (working_directory / name).write_bytes(content)
+    assert refused(name).startswith(f"{name}: ") and message in refused(name)

@@ -48,13 +48,13 @@ ORDER = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 
 
 @pytest.mark.parametrize("first", range(4))
-def test_directories_are_read_as_from_pretrained_reads_them(here: Path, first: int) -> None:
+def test_directories_are_read_as_from_pretrained_reads_them(working_directory: Path, first: int) -> None:
     utils = pytest.importorskip("transformers.modeling_utils")
-    said: list[str] = []
+    messages: list[str] = []
     for i, name in enumerate(ORDER[first:], first):
-        write(here / "x", name, float(i))
+        write(working_directory / "x", name, float(i))
     (path, *_), _ = utils._get_resolved_checkpoint_files("x", None, None, None, None, False)
-    (candidate,) = open_sources(find_sources(["x"], 1, said.append))
+    (candidate,) = open_sources(find_sources(["x"], 1, messages.append))
     assert (path.startswith(f"x/{ORDER[first].split('.')[0]}")) and read(candidate, "a", 0, 1) == first
 
 
@@ -78,17 +78,19 @@ def test_directories_are_read_as_from_pretrained_reads_them(here: Path, first: i
     ],
     ids=str,
 )
-def test_what_lies_beside_the_weights(here: Path, files: list[str], chosen: int, aside: list[str]) -> None:
+def test_what_lies_beside_the_weights(working_directory: Path, files: list[str], chosen: int, aside: list[str]) -> None:
     for i, name in enumerate(files):
-        write(here / "x", name, float(i))
-    said: list[str] = []
-    (candidate,) = open_sources(find_sources(["x"], 1, said.append))
+        write(working_directory / "x", name, float(i))
+    messages: list[str] = []
+    (candidate,) = open_sources(find_sources(["x"], 1, messages.append))
     assert read(candidate, "a", 0, 1) == chosen and str(candidate.directory) == "x"
-    assert len(said) == bool(aside) and all(repr(name) in said[0] and files[chosen] in said[0] for name in aside)
+    assert len(messages) == bool(aside) and all(
+        repr(name) in messages[0] and files[chosen] in messages[0] for name in aside
+    )
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "expected_message"),
     [
         (["model.safetensors", "adapter_model.safetensors"], ["'model.safetensors'", "'adapter_model.safetensors'"]),
         (["a.safetensors", "ema.safetensors"], ["2 *.safetensors files", "'a.safetensors', 'ema.safetensors'"]),
@@ -99,15 +101,17 @@ def test_what_lies_beside_the_weights(here: Path, files: list[str], chosen: int,
     ],
     ids=str,
 )
-def test_directories_that_are_ambiguous(here: Path, files: list[str], said: list[str]) -> None:
+def test_directories_that_are_ambiguous(working_directory: Path, files: list[str], expected_message: list[str]) -> None:
     for name in files:
-        write(here / "x", name, 1.0)
+        write(working_directory / "x", name, 1.0)
     message = refused(["x"])
-    assert message.startswith("x: ") and "Name the file" in message and all(part in message for part in said), message
+    assert (
+        message.startswith("x: ") and "Name the file" in message and all(part in message for part in expected_message)
+    ), message
 
 
-def test_a_shard_is_no_candidate(here: Path) -> None:
-    write(here / "x", "model.safetensors.index.json", 1.0)
+def test_a_shard_is_no_candidate(working_directory: Path) -> None:
+    write(working_directory / "x", "model.safetensors.index.json", 1.0)
     for spec in ("x/*.safetensors", ["x/model-00001-of-00002.safetensors"]):
         assert "the directory x" in refused(spec)
 
@@ -115,42 +119,46 @@ def test_a_shard_is_no_candidate(here: Path) -> None:
 # Each once
 
 
-def linked(here: Path) -> None:
-    (here / "run/latest").symlink_to("step-2")
+def linked(working_directory: Path) -> None:
+    (working_directory / "run/latest").symlink_to("step-2")
 
 
-def linked_first(here: Path) -> None:
-    (here / "run/best").symlink_to(here / "run/step-1", target_is_directory=True)
+def linked_first(working_directory: Path) -> None:
+    (working_directory / "run/best").symlink_to(working_directory / "run/step-1", target_is_directory=True)
 
 
-def hard_linked(here: Path) -> None:
-    shutil.copytree(here / "run/step-2", here / "run/step-2-kept", copy_function=os.link)
+def hard_linked(working_directory: Path) -> None:
+    shutil.copytree(working_directory / "run/step-2", working_directory / "run/step-2-kept", copy_function=os.link)
 
 
-@pytest.mark.parametrize("again", [linked, linked_first, hard_linked])
+@pytest.mark.parametrize("repeated", [linked, linked_first, hard_linked])
 @pytest.mark.parametrize("files", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
-def test_a_glob_counts_the_same_files_once(here: Path, files: str, again: Callable[[Path], None]) -> None:
+def test_a_glob_counts_the_same_files_once(
+    working_directory: Path, files: str, repeated: Callable[[Path], None]
+) -> None:
     for i in (1, 2, 10):
-        write(here / f"run/step-{i}", files, float(i))
-    again(here)
-    paths, said = found("run/*")
+        write(working_directory / f"run/step-{i}", files, float(i))
+    repeated(working_directory)
+    paths, messages = found("run/*")
     assert paths == ["run/step-1", "run/step-2", "run/step-10"]
-    assert len(said) == 1 and "counted once" in said[0]
+    assert len(messages) == 1 and "counted once" in messages[0]
     assert found("run/*/" + files)[0] == [f"{path}/{files}" for path in paths]
 
 
-def test_files_of_equal_content_are_not_the_same(here: Path) -> None:
+def test_files_of_equal_content_are_not_the_same(working_directory: Path) -> None:
     for i in (1, 2):
-        write(here / f"run/step-{i}", "model.safetensors", 1.0)
+        write(working_directory / f"run/step-{i}", "model.safetensors", 1.0)
     assert found("run/*") == (["run/step-1", "run/step-2"], [])
 
 
-def test_shards_behind_the_same_index_may_differ(here: Path) -> None:
+def test_shards_behind_the_same_index_may_differ(working_directory: Path) -> None:
     """As in the cache of the Hugging Face hub, where an index of equal content is one file."""
     for i in (1, 2):
-        write(here / f"run/step-{i}", "model.safetensors.index.json", float(i))
-    (here / "run/step-2/model.safetensors.index.json").unlink()
-    (here / "run/step-2/model.safetensors.index.json").hardlink_to(here / "run/step-1/model.safetensors.index.json")
+        write(working_directory / f"run/step-{i}", "model.safetensors.index.json", float(i))
+    (working_directory / "run/step-2/model.safetensors.index.json").unlink()
+    (working_directory / "run/step-2/model.safetensors.index.json").hardlink_to(
+        working_directory / "run/step-1/model.safetensors.index.json"
+    )
     assert found("run/*") == (["run/step-1", "run/step-2"], [])
 
 
@@ -158,27 +166,27 @@ def test_shards_behind_the_same_index_may_differ(here: Path) -> None:
     "twice",
     [
         ["run/step-1", "run/step-1"],
-        ["run/step-1", "{here}/run/step-1"],
+        ["run/step-1", "{working_directory}/run/step-1"],
         ["run/step-1", "run/../run/step-1"],
         ["run/step-1", "run/step-1/model.safetensors"],
         ["run/step-1", "run/latest"],
     ],
 )
-def test_what_is_named_twice_counts_twice_and_is_said(here: Path, twice: list[str]) -> None:
-    write(here / "run/step-1", "model.safetensors", 1.0)
-    (here / "run/latest").symlink_to("step-1")
-    spec = [path.format(here=here) for path in twice]
-    paths, said = found(spec)
-    assert paths == spec and len(said) == 1 and "count 2 times" in said[0] and repr(spec[0]) in said[0]
+def test_what_is_named_twice_counts_twice_and_is_said(working_directory: Path, twice: list[str]) -> None:
+    write(working_directory / "run/step-1", "model.safetensors", 1.0)
+    (working_directory / "run/latest").symlink_to("step-1")
+    spec = [path.format(working_directory=working_directory) for path in twice]
+    paths, messages = found(spec)
+    assert paths == spec and len(messages) == 1 and "count 2 times" in messages[0] and repr(spec[0]) in messages[0]
 
 
-def test_a_match_of_what_is_named_as_well_counts_once(here: Path) -> None:
+def test_a_match_of_what_is_named_as_well_counts_once(working_directory: Path) -> None:
     for i in (1, 2):
-        write(here / f"run/step-{i}", "model.safetensors", float(i))
-    paths, said = found(["run/step-1", "run/step-*"])
-    assert paths == ["run/step-1", "run/step-2"] and len(said) == 1
-    paths, said = found(["run/step-[12]", "run/step-*"])
-    assert paths == ["run/step-1", "run/step-2"] and len(said) == 1
+        write(working_directory / f"run/step-{i}", "model.safetensors", float(i))
+    paths, messages = found(["run/step-1", "run/step-*"])
+    assert paths == ["run/step-1", "run/step-2"] and len(messages) == 1
+    paths, messages = found(["run/step-[12]", "run/step-*"])
+    assert paths == ["run/step-1", "run/step-2"] and len(messages) == 1
 
 
 # Versions
@@ -200,12 +208,12 @@ def test_a_match_of_what_is_named_as_well_counts_once(here: Path) -> None:
     ],
     ids=str,
 )
-def test_a_glob_that_matches_two_versions_of_one_model(here: Path, names: list[str], pattern: str) -> None:
+def test_a_glob_that_matches_two_versions_of_one_model(working_directory: Path, names: list[str], pattern: str) -> None:
     for name in names:
-        write((here / name).parent, Path(name).name, 1.0)
+        write((working_directory / name).parent, Path(name).name, 1.0)
     message = refused(pattern)
     assert f"'{pattern}'" in message and "Narrow the pattern" in message and "versions of one model" in message
-    assert len(found([str(here / name) for name in names])[0]) == len(names)
+    assert len(found([str(working_directory / name) for name in names])[0]) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +229,9 @@ def test_a_glob_that_matches_two_versions_of_one_model(here: Path, names: list[s
     ],
     ids=str,
 )
-def test_a_glob_that_matches_one_version(here: Path, names: list[str]) -> None:
+def test_a_glob_that_matches_one_version(working_directory: Path, names: list[str]) -> None:
     for name in names:
-        write(here, name, 1.0)
+        write(working_directory, name, 1.0)
     assert found("*.pt") == (sorted(names), [])
 
 
@@ -234,16 +242,16 @@ def test_a_glob_of_many_files_is_compared_in_linear_time(monkeypatch: pytest.Mon
     assert names.call_count == 300
 
 
-def test_digits_of_other_scripts(here: Path) -> None:
+def test_digits_of_other_scripts(working_directory: Path) -> None:
     names = ["step-²", "step-1", "step-٢", "step-③"]
     for name in names:
-        write(here / name, "model.safetensors", 1.0)
+        write(working_directory / name, "model.safetensors", 1.0)
     paths, _ = found("step-*")
     assert sorted(paths) == sorted(names) and paths.index("step-1") < paths.index("step-٢")
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ({"weight": torch.ones(2)}, "not dict"),
         (torch.nn.Linear(2, 2), "give its state_dict()"),
@@ -253,5 +261,5 @@ def test_digits_of_other_scripts(here: Path) -> None:
         (None, "not NoneType"),
     ],
 )
-def test_what_is_no_list_of_candidates(spec: object, said: str) -> None:
-    assert said in refused(spec)
+def test_what_is_no_list_of_candidates(spec: object, message: str) -> None:
+    assert message in refused(spec)

@@ -34,24 +34,24 @@ def dcp_folder(folder: Path, value: float, key: str = "model") -> None:
 
 
 @pytest.fixture
-def out(here: Path) -> Path:
+def out(working_directory: Path) -> Path:
     """Checkpoints of the Trainer under FSDP, with a copy of the best, a link, and files beside them."""
     for step in (50, 100, 1000):
-        dcp_folder(here / f"out/checkpoint-{step}/pytorch_model_fsdp_0", float(step))
-        dcp_folder(here / f"out/checkpoint-{step}/optimizer_0", 0.0, "optimizer")
-        (here / f"out/checkpoint-{step}/config.json").write_text("{}")
-        (here / f"out/checkpoint-{step}/trainer_state.json").write_text("{}")
-    shutil.copytree(here / "out/checkpoint-100", here / "out/checkpoint-best")
-    (here / "out/checkpoint-last").symlink_to("checkpoint-1000")
-    (here / "out/config.json").write_text("{}")
-    (here / "out/runs").mkdir()
-    return here / "out"
+        dcp_folder(working_directory / f"out/checkpoint-{step}/pytorch_model_fsdp_0", float(step))
+        dcp_folder(working_directory / f"out/checkpoint-{step}/optimizer_0", 0.0, "optimizer")
+        (working_directory / f"out/checkpoint-{step}/config.json").write_text("{}")
+        (working_directory / f"out/checkpoint-{step}/trainer_state.json").write_text("{}")
+    shutil.copytree(working_directory / "out/checkpoint-100", working_directory / "out/checkpoint-best")
+    (working_directory / "out/checkpoint-last").symlink_to("checkpoint-1000")
+    (working_directory / "out/config.json").write_text("{}")
+    (working_directory / "out/runs").mkdir()
+    return working_directory / "out"
 
 
 def test_the_pattern_alone_suffices(out: Path) -> None:
-    paths, said = found("out/checkpoint-*")
+    paths, messages = found("out/checkpoint-*")
     assert paths == ["out/checkpoint-50", "out/checkpoint-100", "out/checkpoint-1000"]
-    link, copy = said
+    link, copy = messages
     assert "counted once, as the same files under another path: 'out/checkpoint-last'" in link
     assert "left out, as copies of other matches by their names: 'out/checkpoint-best'" in copy
     assert found(["out/checkpoint-50", "out/checkpoint-best"]) == (["out/checkpoint-50", "out/checkpoint-best"], [])
@@ -70,33 +70,33 @@ def test_the_pattern_alone_suffices(out: Path) -> None:
         assert Path("same", name).read_bytes() == Path("out/checkpoint-1000", name).read_bytes()
 
 
-def test_other_layouts_of_accelerate(here: Path) -> None:
-    (here / "full").mkdir()
+def test_other_layouts_of_accelerate(working_directory: Path) -> None:
+    (working_directory / "full").mkdir()
     torch.save(state(1.0), "full/pytorch_model_fsdp.bin")
     torch.save({"state": {}}, "full/optimizer.bin")
     assert read(opened(Path("full")), "lin.bias", 0, 1) == 1
-    dcp_folder(here / "old/pytorch_model_0", 2.0)
+    dcp_folder(working_directory / "old/pytorch_model_0", 2.0)
     assert read(opened(Path("old")), "lin.bias", 0, 1) == 2
     assert "There are weights in 'full', 'old'" in refused(["."])
-    dcp_folder(here / "two/pytorch_model_fsdp_0", 3.0)
-    dcp_folder(here / "two/pytorch_model_fsdp_1", 4.0)
+    dcp_folder(working_directory / "two/pytorch_model_fsdp_0", 3.0)
+    dcp_folder(working_directory / "two/pytorch_model_fsdp_1", 4.0)
     assert "holds 'pytorch_model_fsdp_0', 'pytorch_model_fsdp_1', one folder for each model" in refused(["two"])
-    (here / "local").mkdir()
+    (working_directory / "local").mkdir()
     torch.save(state(1.0), "local/pytorch_model_fsdp_rank0.bin")
     assert "SHARDED_STATE_DICT or FULL_STATE_DICT" in refused(["local"])
-    (here / "second").mkdir()
+    (working_directory / "second").mkdir()
     save_file(state(1.0), "second/model.safetensors")
     torch.save(state(2.0), "second/pytorch_model_1.bin")
     assert "'pytorch_model_1.bin' next to it is not read" in found(["second"])[1][0]
 
 
 @pytest.mark.parametrize("names", [["last.ckpt"], ["last-v1.ckpt", "best.ckpt"], ["model_best.ckpt"]])
-def test_copies_of_steps_are_told_apart(here: Path, names: list[str]) -> None:
+def test_copies_of_steps_are_told_apart(working_directory: Path, names: list[str]) -> None:
     steps = ["epoch=0-step=9.ckpt", "epoch=1-step=10.ckpt", "epoch=1-step=10-v1.ckpt"]
     for i, name in enumerate([*steps, *names]):
         torch.save(state(float(i)), name)
-    paths, said = found("*.ckpt")
-    assert sorted(paths) == sorted(steps) and len(said) == 1 and all(f"'{name}'" in said[0] for name in names)
+    paths, messages = found("*.ckpt")
+    assert sorted(paths) == sorted(steps) and len(messages) == 1 and all(f"'{name}'" in messages[0] for name in names)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_copies_of_steps_are_told_apart(here: Path, names: list[str]) -> None:
         (["checkpoint1.pt", "checkpoint2.pt"], ["checkpoint_best.pt", "checkpoint_last.pt"]),  # fairseq
     ],
 )
-def test_copies_that_torch_files_are(here: Path, steps: list[str], names: list[str]) -> None:
+def test_copies_that_torch_files_are(working_directory: Path, steps: list[str], names: list[str]) -> None:
     for i, name in enumerate([*steps, *names]):
         torch.save(state(float(i)), name)
-    paths, said = found("*.p*")
-    assert sorted(paths) == steps and len(said) == 1 and all(f"'{name}'" in said[0] for name in names)
+    paths, messages = found("*.p*")
+    assert sorted(paths) == steps and len(messages) == 1 and all(f"'{name}'" in messages[0] for name in names)
     assert sorted(found([*steps, *names])[0]) == sorted([*steps, *names])  # those that are named are taken
 
 
@@ -160,8 +160,8 @@ def lightning_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(spec: str, key: str | None = None) -> tuple[Any, list[str]]:
-    said: list[str] = []
-    return open_candidates(spec, 2, Wanted(weights_key=key), said.append), said
+    messages: list[str] = []
+    return open_candidates(spec, 2, Wanted(weights_key=key), messages.append), messages
 
 
 def content(path: str) -> dict[str, Any]:
@@ -172,10 +172,12 @@ def content(path: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_lightning_files(lightning_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lightning_files)
-    candidates, said = lines("plain/*.ckpt")
+    candidates, messages = lines("plain/*.ckpt")
     names = ["plain/epoch=0-step=4.ckpt", "plain/epoch=1-step=8.ckpt"]
     assert [candidate.label for candidate in candidates] == names
-    assert len(said) == 1 and "left out, as copies of other matches by their names: 'plain/last.ckpt'" in said[0]
+    assert (
+        len(messages) == 1 and "left out, as copies of other matches by their names: 'plain/last.ckpt'" in messages[0]
+    )
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     attach(model, "plain/*.ckpt", {"center": "last"}).close()  # the prefix "net." is found
     for name, value in content(names[-1])["state_dict"].items():
@@ -191,42 +193,42 @@ def test_lightning_files(lightning_files: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_averages_of_lightning(
-    lightning_files: Path, here: Path, monkeypatch: pytest.MonkeyPatch, folder: str, key: str, line: str
+    lightning_files: Path, working_directory: Path, monkeypatch: pytest.MonkeyPatch, folder: str, key: str, line: str
 ) -> None:
     monkeypatch.chdir(lightning_files)
     path = f"{folder}/epoch=1-step=8.ckpt"
-    held: Any = content(path)
-    others = held
+    stored: Any = content(path)
+    others = stored
     for part in key.split("."):
         others = others[part]
-    said: list[str] = []
-    (candidate,) = open_candidates([path], 1, Wanted(), said.append)
+    messages: list[str] = []
+    (candidate,) = open_candidates([path], 1, Wanted(), messages.append)
     (chosen,) = open_candidates([path], 1, Wanted(weights_key=key))
-    assert line in said[0] and f"'{key}'" in said[0]
+    assert line in messages[0] and f"'{key}'" in messages[0]
     if folder == "ema":  # training resumes from the other set
         with pytest.warns(TwaWarning, match="resumes from 'current_model_state', which stays that of the last"):
-            average_fixed([path], str(here / "out"), format="same")
+            average_fixed([path], str(working_directory / "out"), format="same")
     name = "net.0.weight"
-    assert torch.equal(read(candidate, name, 0, 12), held["state_dict"][name].flatten())
+    assert torch.equal(read(candidate, name, 0, 12), stored["state_dict"][name].flatten())
     assert torch.equal(read(chosen, name, 0, 12), others[name].flatten())
-    assert not torch.equal(others[name], held["state_dict"][name])
+    assert not torch.equal(others[name], stored["state_dict"][name])
 
 
 @pytest.mark.slow
-def test_distributed_directories_of_lightning(lightning_files: Path, here: Path) -> None:
+def test_distributed_directories_of_lightning(lightning_files: Path, working_directory: Path) -> None:
     fsdp = pytest.importorskip("lightning.fabric.strategies.fsdp")
     weights = content(str(lightning_files / "plain/last.ckpt"))["state_dict"]
     for step, key in ((2, "model"), (10, "state_dict")):  # FSDPStrategy and ModelParallelStrategy
-        folder = here / f"epoch=0-step={step}.ckpt"
+        folder = working_directory / f"epoch=0-step={step}.ckpt"
         folder.mkdir()
         optimizer = {"state": {name: {"exp_avg": torch.zeros_like(value)} for name, value in weights.items()}}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fsdp._distributed_checkpoint_save({key: weights, "optimizer_0": optimizer}, folder)
         torch.save({"epoch": 0, "global_step": step, "callbacks": {}}, folder / "meta.pt")
-    candidates, said = lines("*.ckpt")
+    candidates, messages = lines("*.ckpt")
     assert [candidate.label for candidate in candidates] == ["epoch=0-step=2.ckpt", "epoch=0-step=10.ckpt"]
-    assert said == []
+    assert messages == []
     for candidate in candidates:
         assert candidate.names() == sorted(weights)
         assert torch.equal(read(candidate, "net.0.weight", 1, 9), weights["net.0.weight"].flatten()[1:9])

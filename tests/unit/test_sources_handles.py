@@ -49,21 +49,21 @@ def test_more_candidates_than_files_may_be_open(tmp_path: Path, few: int) -> Non
 def test_threads_share_few_files(tmp_path: Path, few: int) -> None:
     candidates = write(tmp_path, 40)
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(value, candidates * 25))
-    assert found == [float(i) for i in range(40)] * 25
+        actual = list(pool.map(value, candidates * 25))
+    assert actual == [float(i) for i in range(40)] * 25
 
 
 def test_files_that_other_code_holds_open(tmp_path: Path, few: int) -> None:
     candidates = write(tmp_path, 12)
-    held: list[int] = []
-    take_all(held)
+    stored: list[int] = []
+    take_all(stored)
     assert [value(candidate) for candidate in candidates] == [float(i) for i in range(12)]
     for candidate in candidates:
         candidate.close()
-    take_all(held)
+    take_all(stored)
     with pytest.raises(CandidateError, match="ulimit -n"):
         value(candidates[0])
-    for handle in held:
+    for handle in stored:
         os.close(handle)
     assert value(candidates[0]) == 0.0
 
@@ -84,16 +84,16 @@ def test_replaced_file_is_refused(tmp_path: Path, few: int) -> None:
 
 def test_mapping_with_no_descriptor_left(tmp_path: Path, few: int) -> None:
     candidates = write(tmp_path, 4)
-    held: list[int] = []
-    take_all(held)
+    stored: list[int] = []
+    take_all(stored)
     assert [mapped(candidate, "w")[0] for candidate in candidates[:3]] == [0, 1, 2]  # unused files are closed
     for candidate in candidates[:3]:
         candidate.close()
     assert value(candidates[3]) == 3  # its file is open, and mapping needs a second descriptor
-    take_all(held)
+    take_all(stored)
     with pytest.raises(CandidateError, match="ulimit -n"):
         mapped(candidates[3], "w")
-    for handle in held:
+    for handle in stored:
         os.close(handle)
     assert mapped(candidates[3], "w")[0] == 3
 

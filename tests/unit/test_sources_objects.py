@@ -65,9 +65,9 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def opened(path: Any, **wanted: Any) -> tuple[Candidate, list[str]]:
-    said: list[str] = []
-    (candidate,) = open_candidates([path], 1, Wanted(**wanted), said.append)
-    return candidate, said
+    messages: list[str] = []
+    (candidate,) = open_candidates([path], 1, Wanted(**wanted), messages.append)
+    return candidate, messages
 
 
 def refused(path: Any, **wanted: Any) -> str:
@@ -104,12 +104,12 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize("what", HARMLESS)
+@pytest.mark.parametrize("name", HARMLESS)
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt"])
-def test_objects_beside_the_weights_are_not_touched(tmp_path: Path, what: str, suffix: str) -> None:
-    path = saved(tmp_path / f"x{suffix}", {"state_dict": weights(), "args": HARMLESS[what], "epoch": 3})
-    candidate, said = opened(path)
-    assert holds(candidate, weights()) and not said
+def test_objects_beside_the_weights_are_not_touched(tmp_path: Path, name: str, suffix: str) -> None:
+    path = saved(tmp_path / f"x{suffix}", {"state_dict": weights(), "args": HARMLESS[name], "epoch": 3})
+    candidate, messages = opened(path)
+    assert holds(candidate, weights()) and not messages
 
 
 def test_pth_tar_files_are_read(tmp_path: Path) -> None:
@@ -131,14 +131,14 @@ def test_a_default_dict_is_a_dict(tmp_path: Path) -> None:
 def test_tensors_of_an_object_are_never_weights(tmp_path: Path, make: Callable[[object], object]) -> None:
     inner = make(weights(1))
     content = {"model": weights(), "ema": inner[0] if isinstance(inner, list) else inner}
-    candidate, said = opened(saved(tmp_path / "x.pt", content))
-    assert holds(candidate, weights()) and len(said) == 1 and "under 'ema'" in said[0]
+    candidate, messages = opened(saved(tmp_path / "x.pt", content))
+    assert holds(candidate, weights()) and len(messages) == 1 and "under 'ema'" in messages[0]
     message = refused(tmp_path / "x.pt", weights_key="ema")
     assert "is an object of class" in message and "test_sources_objects" in message and "state_dict()" in message
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected_message"),
     [
         (nn.Linear(2, 2), "holds an object of class torch.nn.modules.linear.Linear, not a dict"),
         ({"epoch": 3, "model": nn.Linear(2, 2), "ema": None}, "'model' (torch.nn.modules.linear.Linear)"),
@@ -150,9 +150,9 @@ def test_tensors_of_an_object_are_never_weights(tmp_path: Path, make: Callable[[
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_weights_in_objects_are_refused(tmp_path: Path, content: object, said: str) -> None:
+def test_weights_in_objects_are_refused(tmp_path: Path, content: object, expected_message: str) -> None:
     message = refused(saved(tmp_path / "x.pt", content))
-    assert message.startswith(f"{tmp_path / 'x.pt'}: ") and said in message and "state_dict()" in message
+    assert message.startswith(f"{tmp_path / 'x.pt'}: ") and expected_message in message and "state_dict()" in message
 
 
 def test_lists_among_the_weights_are_not_read(tmp_path: Path) -> None:
@@ -160,14 +160,14 @@ def test_lists_among_the_weights_are_not_read(tmp_path: Path) -> None:
     lists = {"metric.preds": [torch.ones(2)] * 9, "q._packed_params": [torch.ones(2)]}
     path = saved(tmp_path / "x.ckpt", {"state_dict": weights() | lists})
     assert "'q._packed_params' among the weights" in refused(path)
-    candidate, said = opened(path, ignore=["q\\._packed"], must_match=True)
-    assert holds(candidate, weights()) and len(said) == 1 and "'metric.preds' among the weights" in said[0]
-    candidate, said = opened(path, ignore=["metric.*", "q\\._packed"], must_match=True)
-    assert holds(candidate, weights()) and not said
+    candidate, messages = opened(path, ignore=["q\\._packed"], must_match=True)
+    assert holds(candidate, weights()) and len(messages) == 1 and "'metric.preds' among the weights" in messages[0]
+    candidate, messages = opened(path, ignore=["metric.*", "q\\._packed"], must_match=True)
+    assert holds(candidate, weights()) and not messages
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected_message"),
     [
         (torch.ones(2), "holds a single tensor, not a dict"),
         ([weights()], "holds list, not a dict"),
@@ -184,21 +184,23 @@ def test_lists_among_the_weights_are_not_read(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_values_that_are_not_plain_tensors_are_refused(tmp_path: Path, content: object, said: str) -> None:
+def test_values_that_are_not_plain_tensors_are_refused(tmp_path: Path, content: object, expected_message: str) -> None:
     message = refused(saved(tmp_path / "x.pt", content))
-    assert message.startswith(f"{tmp_path / 'x.pt'}: ") and said in message
+    assert message.startswith(f"{tmp_path / 'x.pt'}: ") and expected_message in message
 
 
-@pytest.mark.parametrize(("key", "said"), [(b"c", "the key b'c'"), (("c", 1), "a tuple as key"), (Kind.SGD, "a Kind")])
-def test_a_tensor_without_a_name_in_a_state_dict(key: object, said: str) -> None:
-    assert f"the tensor under {said}" in refused({**weights(), key: torch.ones(2)})
+@pytest.mark.parametrize(
+    ("key", "message"), [(b"c", "the key b'c'"), (("c", 1), "a tuple as key"), (Kind.SGD, "a Kind")]
+)
+def test_a_tensor_without_a_name_in_a_state_dict(key: object, message: str) -> None:
+    assert f"the tensor under {message}" in refused({**weights(), key: torch.ones(2)})
 
 
 def test_other_keys_without_a_name_beside_the_weights(tmp_path: Path) -> None:
     beside = {"keyed": {b"a": Path("a"), "b": Path("b"), Kind.SGD: 1}, "bytes": {b"a": torch.ones(1), "b": 1}}
     content = {"model": weights(), **beside, "optimizer": {torch.ones(1): torch.ones(2), "step": torch.ones(1)}}
-    for given in (content, saved(tmp_path / "x.pt", content)):
-        assert holds(opened(given)[0], weights())
+    for inputs in (content, saved(tmp_path / "x.pt", content)):
+        assert holds(opened(inputs)[0], weights())
 
 
 def test_torchscript_programs_are_refused(tmp_path: Path) -> None:
@@ -207,20 +209,20 @@ def test_torchscript_programs_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_array_among_the_weights_is_said(tmp_path: Path) -> None:
-    candidate, said = opened(saved(tmp_path / "x.pt", weights() | {"mean": np.ones(3), "best": np.float32(1)}))
-    assert holds(candidate, weights()) and len(said) == 1 and "'mean' among the weights" in said[0]
+    candidate, messages = opened(saved(tmp_path / "x.pt", weights() | {"mean": np.ones(3), "best": np.float32(1)}))
+    assert holds(candidate, weights()) and len(messages) == 1 and "'mean' among the weights" in messages[0]
 
 
 def test_an_array_in_a_state_dict_is_said() -> None:
-    candidate, said = opened(weights() | {"mean": np.ones(3), "best": np.float32(1)})
-    assert holds(candidate, weights()) and len(said) == 1 and "'mean' among the weights" in said[0]
+    candidate, messages = opened(weights() | {"mean": np.ones(3), "best": np.float32(1)})
+    assert holds(candidate, weights()) and len(messages) == 1 and "'mean' among the weights" in messages[0]
     assert "'w' (numpy.ndarray)" in refused({"w": np.ones(3)})
 
 
 def test_an_optimizer_among_the_weights_is_left_out(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pt", weights() | {"optimizer": HARMLESS["an optimizer"]})
-    candidate, said = opened(path)
-    assert holds(candidate, weights()) and not said
+    candidate, messages = opened(path)
+    assert holds(candidate, weights()) and not messages
 
 
 def test_number_of_values_in_objects_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,10 +271,11 @@ def test_a_list_is_named_by_the_state_dict_beside_it(tmp_path: Path, key: str) -
     if key == "ema":
         content["ema"] = content["ema"]["shadow_params"]
     for spec in (content, saved(tmp_path / "x.pt", content)):
-        candidate, said = opened(spec, weights_key=key)
+        candidate, messages = opened(spec, weights_key=key)
         assert holds(candidate, averaged(model))
         assert (
-            len(said) == 1 and f"the list {key!r} has no names: its 6 tensors are taken for the parameters" in said[0]
+            len(messages) == 1
+            and f"the list {key!r} has no names: its 6 tensors are taken for the parameters" in messages[0]
         )
 
 
@@ -287,7 +290,7 @@ def test_a_list_is_named_by_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected_message"),
     [
         (lambda ema: {"ema": ema}, "there is no state dict next to it"),
         (
@@ -301,11 +304,14 @@ def test_a_list_is_named_by_the_model(tmp_path: Path) -> None:
     ],
 )
 def test_a_list_that_cannot_be_named_is_refused(
-    tmp_path: Path, content: Callable[[Any], dict[str, Any]], said: str
+    tmp_path: Path, content: Callable[[Any], dict[str, Any]], expected_message: str
 ) -> None:
     path = saved(tmp_path / "x.pt", content(ema_of(net(0))))
     message = refused(path, weights_key="ema.shadow_params")
-    assert message.startswith(f"{path}: 'ema.shadow_params' is a list of tensors without names") and said in message
+    assert (
+        message.startswith(f"{path}: 'ema.shadow_params' is a list of tensors without names")
+        and expected_message in message
+    )
     assert "copy_to" in message
     with pytest.raises(CandidateError, match="without names"):
         average_fixed([str(path)], tmp_path / "out", weights_key="ema.shadow_params")

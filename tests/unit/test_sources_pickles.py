@@ -95,10 +95,10 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_pickles_are_refused(what: str) -> None:
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused(name: str) -> None:
     with pytest.raises(ValueError):
-        SafeUnpickler(HOSTILE[what], lambda *args: args).load()
+        SafeUnpickler(HOSTILE[name], lambda *args: args).load()
 
 
 def test_the_memo_is_as_large_as_what_is_in_it() -> None:
@@ -112,8 +112,8 @@ def test_keys_are_not_hashed_without_bound() -> None:
     for _ in range(60):
         value = (value, value)
     raw = pickle.dumps([value])  # shares each level
-    found = SafeUnpickler(raw.replace(b"]", b"}", 1).replace(b"a.", b"Ns.", 1)).load()
-    assert found == {} and time.monotonic() - began < 5
+    actual = SafeUnpickler(raw.replace(b"]", b"}", 1).replace(b"a.", b"Ns.", 1)).load()
+    assert actual == {} and time.monotonic() - began < 5
 
 
 def test_depth_costs_nothing() -> None:
@@ -174,7 +174,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda raw: raw + b"x", "bytes after the end"),
         (lambda raw: raw[:-30], "no end: it is truncated"),
@@ -186,15 +186,15 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         (lambda raw: raw.replace(b"torch._utils", b"torch._utilz"), "CRC"),
     ],
 )
-def test_archives_that_are_damaged(tmp_path: Path, change: Any, said: str) -> None:
+def test_archives_that_are_damaged(tmp_path: Path, change: Any, message: str) -> None:
     raw = saved(tmp_path / "a.pt", w=torch.arange(6.0)).read_bytes()
     path = tmp_path / "b.pt"
     path.write_bytes(change(raw))
     try:
-        assert torch.equal(read(opened(path), "w", 0, 6), torch.arange(6.0)) and not said
+        assert torch.equal(read(opened(path), "w", 0, 6), torch.arange(6.0)) and not message
     except CandidateError as error:
         assert str(error).startswith(f"{path}: ")
-        assert any(part in str(error) for part in said.split("|")), error
+        assert any(part in str(error) for part in message.split("|")), error
 
 
 def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
@@ -208,16 +208,16 @@ def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "expected_message"),
     [
         (lambda: torch.ones(3).to_sparse(), "_rebuild_sparse_tensor, which is not a dense tensor"),
         (lambda: torch.nested.nested_tensor([torch.ones(2)]), "_rebuild_nested_tensor, which is not a dense tensor"),
         (lambda: torch.ones(3, dtype=torch.complex64).conj(), "saved as a lazy view"),
     ],
 )
-def test_tensors_without_slices_are_refused(tmp_path: Path, make: Any, said: str) -> None:
+def test_tensors_without_slices_are_refused(tmp_path: Path, make: Any, expected_message: str) -> None:
     message = refused(saved(tmp_path / "a.pt", w=make()))
-    assert message.startswith(f"{tmp_path / 'a.pt'}: ") and said in message
+    assert message.startswith(f"{tmp_path / 'a.pt'}: ") and expected_message in message
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -233,13 +233,13 @@ def test_every_protocol_of_torch_save(tmp_path: Path, protocol: int) -> None:
 @given(st.data())
 def test_the_crc_of_pieces_in_any_order(data: st.DataObject) -> None:
     raw = data.draw(st.binary(min_size=1, max_size=200))
-    cuts = sorted({0, len(raw), *data.draw(st.lists(st.integers(0, len(raw))))})
-    spans = data.draw(st.permutations(list(itertools.pairwise(cuts))))
+    parts = sorted({0, len(raw), *data.draw(st.lists(st.integers(0, len(raw))))})
+    spans = data.draw(st.permutations(list(itertools.pairwise(parts))))
     pieces = PiecewiseCrc()
     sample = data.draw(st.integers(0, len(raw) - 1))  # read before, as the comparison of ranks does
     pieces.add(sample, memoryview(raw[sample : sample + 1]), len(raw) + 1)
-    found = [pieces.add(a, memoryview(raw[a:b]), len(raw)) for a, b in spans]
-    assert zlib.crc32(raw) in found and set(found) <= {None, zlib.crc32(raw)}
+    actual = [pieces.add(a, memoryview(raw[a:b]), len(raw)) for a, b in spans]
+    assert zlib.crc32(raw) in actual and set(actual) <= {None, zlib.crc32(raw)}
 
 
 def test_changed_data_is_refused_after_the_last_read(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def write(root: Path) -> None:
             with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.SHARDED_STATE_DICT, how):
                 torch.save(sharded.state_dict(), path)
         elif kind in ("fsdp2", "hsdp"):
-            held = model()
-            fully_shard(held, mesh=flat if kind == "fsdp2" else square)
-            torch.save(held.state_dict(), path)
+            stored = model()
+            fully_shard(stored, mesh=flat if kind == "fsdp2" else square)
+            torch.save(stored.state_dict(), path)
         else:
             mesh, placements = (flat, [Shard(1)]) if kind == "columns" else (square, [Shard(0), Shard(1)])
             torch.save({"w": distribute_tensor(torch.arange(35.0).view(7, 5), mesh, placements)}, path)

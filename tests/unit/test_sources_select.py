@@ -54,8 +54,8 @@ each_nested = pytest.mark.parametrize("save", NESTED, ids=lambda save: save.__na
 
 
 def opened(specs: list[Any], **wanted: Any) -> tuple[list[Candidate], list[str]]:
-    said: list[str] = []
-    return open_candidates(specs, 1, Wanted(**wanted), said.append), said
+    messages: list[str] = []
+    return open_candidates(specs, 1, Wanted(**wanted), messages.append), messages
 
 
 def refused(specs: list[Any], **wanted: Any) -> str:
@@ -91,15 +91,20 @@ def holds(candidate: Candidate, state: Tensors) -> bool:
 def test_entries_of_an_optimizer_are_left_out(tmp_path: Path, save: Callable[..., Any], entries: list[str]) -> None:
     states = [weights(0), weights(1)]
     specs = [save(s | {name: torch.ones(4) for name in entries}, tmp_path / f"{i}") for i, s in enumerate(states)]
-    candidates, said = opened(specs)
+    candidates, messages = opened(specs)
     assert all(holds(candidate, state) for candidate, state in zip(candidates, states, strict=True))
-    assert len(said) == 1 and "optimizer" in said[0] and repr(sorted(entries)[0]) in said[0] and "and 1 more" in said[0]
+    assert (
+        len(messages) == 1
+        and "optimizer" in messages[0]
+        and repr(sorted(entries)[0]) in messages[0]
+        and "and 1 more" in messages[0]
+    )
 
 
 def test_what_the_model_has_is_no_entry_of_an_optimizer() -> None:
     state = weights() | {"optimizer.weight": torch.ones(2)}
-    candidates, said = opened([state], known={"optimizer.weight"})
-    assert holds(candidates[0], state) and not said
+    candidates, messages = opened([state], known={"optimizer.weight"})
+    assert holds(candidates[0], state) and not messages
     assert "optimizer_state.x" in refused([{"optimizer_state.x": torch.ones(2)}])
 
 
@@ -107,23 +112,23 @@ def test_what_the_model_has_is_no_entry_of_an_optimizer() -> None:
 def test_a_module_may_be_called_like_an_optimizer(name: str) -> None:
     for other in (f"{name}.weight", "bias"):
         state = weights() | {other: torch.ones(2), f"{name}.layers.0.bias": torch.ones(2)}
-        candidates, said = opened([state])
-        assert holds(candidates[0], state) and not said
+        candidates, messages = opened([state])
+        assert holds(candidates[0], state) and not messages
 
 
 @pytest.mark.parametrize("name", ["opt", "lion", "soap", "adam", "x_optim", "optim", "state"])
 def test_names_of_weights_inside_of_a_module_that_is_called_like_an_optimizer(name: str) -> None:
     others = ["encoder.a.weight", "encoder.b.bias", "c.weight", "mu.a.weight", "logvar.a.weight"]
     state = weights() | {f"{name}.{other}": torch.ones(2) for other in others}
-    candidates, said = opened([state])
-    assert holds(candidates[0], state) and not said
+    candidates, messages = opened([state])
+    assert holds(candidates[0], state) and not messages
 
 
 def test_a_weight_below_an_optimizer_is_kept() -> None:
     kept = {"layers.0.a": torch.ones(2), "opt.head.weight": torch.ones(2)} | weights()
     states = {f"opt.{kind}.{name}": torch.ones(2) for kind in ("mu", "nu", "m", "v", "exp_avg") for name in weights()}
-    candidates, said = opened([kept | states | {"opt.count": torch.ones(())}])
-    assert holds(candidates[0], kept) and "'opt.count'" in said[0]
+    candidates, messages = opened([kept | states | {"opt.count": torch.ones(())}])
+    assert holds(candidates[0], kept) and "'opt.count'" in messages[0]
 
 
 # Other sets
@@ -141,12 +146,17 @@ def test_another_set_is_said_and_can_be_chosen(tmp_path: Path, save: Callable[..
     raw, ema = weights(0), weights(1)
     content = {"model": raw, **sets(other, ema), "optimizer": {"exp_avg": weights(2)}, "epoch": torch.tensor(3)}
     spec = save(content, tmp_path / "x")
-    candidates, said = opened([spec])
+    candidates, messages = opened([spec])
     assert holds(candidates[0], raw)
-    assert len(said) == 1 and "under 'model'" in said[0] and repr(other) in said[0] and "`weights_key`" in said[0]
+    assert (
+        len(messages) == 1
+        and "under 'model'" in messages[0]
+        and repr(other) in messages[0]
+        and "`weights_key`" in messages[0]
+    )
     for key in (other, other.partition(".")[0]) if other != "callbacks.ema.module" else (other,):
-        candidates, said = opened([spec], weights_key=key)
-        assert holds(candidates[0], ema) and not said
+        candidates, messages = opened([spec], weights_key=key)
+        assert holds(candidates[0], ema) and not messages
     message = refused([spec], weights_key="model_em")
     assert "weights_key 'model_em'" in message and "'model'" in message
 
@@ -155,8 +165,8 @@ def test_averages_without_buffers_and_in_lists_are_said_too() -> None:
     raw = weights(0) | {"norm.count": torch.tensor(3), "norm.scale": torch.ones(3), "norm.bias": torch.ones(3)}
     less = {name: value for name, value in raw.items() if "count" not in name}
     for other in (less, less | {"n_averaged": torch.tensor(1)}, list(less.values())):
-        _, said = opened([{"state_dict": raw, "shadow": other}])
-        assert len(said) == 1 and "'shadow'" in said[0]
+        _, messages = opened([{"state_dict": raw, "shadow": other}])
+        assert len(messages) == 1 and "'shadow'" in messages[0]
     for other in ({"a.weight": torch.ones(1)}, {"loss": torch.ones(4, 3)}):
         assert not opened([{"state_dict": raw, "shadow": other}])[1]
 
@@ -217,7 +227,7 @@ FLOAT8 = torch.zeros(4, 3).to(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "said"),
+    ("tensors", "expected_message"),
     [
         ({"a.weight": BYTES, "a.weight.absmax": SCALE, "a.weight.quant_map": torch.ones(16)}, "bitsandbytes, 4 bits"),
         ({"a.weight": BYTES, "a.weight.quant_state.bitsandbytes__nf4": BYTES[:, 0]}, "bitsandbytes, 4 bits"),
@@ -243,10 +253,10 @@ FLOAT8 = torch.zeros(4, 3).to(torch.float8_e4m3fn)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_quantized_weights_are_refused(tmp_path: Path, tensors: Tensors, said: str) -> None:
+def test_quantized_weights_are_refused(tmp_path: Path, tensors: Tensors, expected_message: str) -> None:
     spec = save_safetensors(weights() | tensors, tmp_path / "x")
     message = refused([spec])
-    assert message.startswith(str(spec)) and said in message and repr(next(iter(tensors))) in message
+    assert message.startswith(str(spec)) and expected_message in message and repr(next(iter(tensors))) in message
     assert "dequantize" in message
     assert holds(opened([spec], ignore=[r"^a\.[^w]|^a\.weight"])[0][0], {"b.bias": weights()["b.bias"]})
 
@@ -288,11 +298,14 @@ def tied(seed: int, *, embed: bool = True, head: bool = True) -> Tensors:
 
 @pytest.mark.parametrize("ties", [None, [("embed.weight", "lm_head.weight")]])
 def test_a_tied_tensor_is_read_under_the_name_that_is_there(tmp_path: Path, ties: Any) -> None:
-    held = [{"head": False}, {}, {"embed": False}]
-    specs = [save_safetensors(tied(i, **options), tmp_path / f"{i}") for i, options in enumerate(held)]
-    candidates, said = opened(specs, ties=ties)
+    stored = [{"head": False}, {}, {"embed": False}]
+    specs = [save_safetensors(tied(i, **options), tmp_path / f"{i}") for i, options in enumerate(stored)]
+    candidates, messages = opened(specs, ties=ties)
     assert all(holds(candidate, tied(i)) for i, candidate in enumerate(candidates))
-    assert len(said) == 2 and "'lm_head.weight' is not stored; it is tied to 'embed.weight'" in said[0] + said[1]
+    assert (
+        len(messages) == 2
+        and "'lm_head.weight' is not stored; it is tied to 'embed.weight'" in messages[0] + messages[1]
+    )
 
 
 def test_what_is_not_equal_elsewhere_is_not_tied() -> None:
@@ -352,6 +365,6 @@ def test_state_dicts_of_one_memory_are_refused() -> None:
 )
 def test_factors_of_adapters_are_said(name: str) -> None:
     states = [weights(i) | {name: torch.ones(2, 2)} for i in range(2)]
-    said = opened(states)[1]
-    assert len(said) == 1 and repr(name) in said[0] and "not the average of their products" in said[0]
+    messages = opened(states)[1]
+    assert len(messages) == 1 and repr(name) in messages[0] and "not the average of their products" in messages[0]
     assert not opened(states[:1])[1] and not opened([weights(0), weights(1)])[1]

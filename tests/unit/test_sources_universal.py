@@ -53,7 +53,7 @@ def test_only_universal_directories_are_versions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "content", "said"),
+    ("case", "content", "message"),
     [
         ("2/u-2-bf16", None, "has no zero/'up.weight'/fp32.pt, the weights of a parameter"),
         ("2/u-2-bf16", {"exp_avg": torch.ones(11, 5)}, "up.weight/fp32.pt: holds no tensor 'param'"),
@@ -66,14 +66,14 @@ def test_only_universal_directories_are_versions(tmp_path: Path) -> None:
     ],
 )
 def test_universal_checkpoints_without_a_weight_are_refused(
-    written: Path, tmp_path: Path, case: str, content: Any, said: str
+    written: Path, tmp_path: Path, case: str, content: Any, message: str
 ) -> None:
     folder = shutil.copytree(written / case, tmp_path / "run") / "step1"
     file = folder / "zero/up.weight/fp32.pt"
     file.unlink()
     if content is not None:
         torch.save(content, file)
-    assert re.search(said, refused(folder.parent))
+    assert re.search(message, refused(folder.parent))
 
 
 def test_exchanged_parameters_of_a_universal_checkpoint_are_refused(written: Path, tmp_path: Path) -> None:

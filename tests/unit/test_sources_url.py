@@ -73,15 +73,15 @@ def assert_average(out: Path) -> None:
 # Any file system of fsspec
 
 
-def test_an_average_of_urls(memory: str, here: Path) -> None:
+def test_an_average_of_urls(memory: str, working_directory: Path) -> None:
     run = run_at(memory)
     put(f"{run}/step-100/ema.safetensors", save(state(7)))
-    paths, said = found(f"{run}/step-*")
+    paths, messages = found(f"{run}/step-*")
     assert paths == [f"{run}/step-{step}" for step in (2, 10, 100)]
-    assert "'ema.safetensors' next to it is not read" in said[0]
+    assert "'ema.safetensors' next to it is not read" in messages[0]
     weights = average_fixed([f"{run}/step-*"], "out")
     assert [label for label, _ in weights] == paths
-    assert_average(here / "out")
+    assert_average(working_directory / "out")
     assert {path.name for path in Path("out").iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -97,23 +97,23 @@ def test_an_average_of_urls(memory: str, here: Path) -> None:
         average_fixed([f"{run}/*"], "same", format="same")
 
 
-def test_urls_of_files_and_shards(memory: str, here: Path) -> None:
+def test_urls_of_files_and_shards(memory: str, working_directory: Path) -> None:
     first, second = dict(list(state(0).items())[:2]), dict(list(state(0).items())[2:])
     put(f"{memory}/a/model-00001-of-00002.safetensors", save(first))
     put(f"{memory}/a/model-00002-of-00002.safetensors", save(second))
     index = {name: f"model-0000{1 if name in first else 2}-of-00002.safetensors" for name in state(0)}
     put(f"{memory}/a/model.safetensors.index.json", json.dumps({"weight_map": index}))
     put(f"{memory}/b.safetensors", save(state(0)))
-    (here / "c.safetensors").write_bytes(save(state(0)))
+    (working_directory / "c.safetensors").write_bytes(save(state(0)))
     spec = [f"{memory}/a", f"{memory}/a/model.safetensors.index.json", f"{memory}/b.safetensors"]
-    for candidate in open_candidates([*spec, "c.safetensors", f"file://{here}/c.safetensors"]):
+    for candidate in open_candidates([*spec, "c.safetensors", f"file://{working_directory}/c.safetensors"]):
         for name, value in state(0).items():
             assert torch.equal(read(candidate, name, 3, value.numel()), value.reshape(-1)[3:])
         candidate.close()
     assert "holds a part of the tensors. Give its index" in refused(f"{memory}/a/model-00001-of-00002.safetensors")
 
 
-def test_a_model_learns_from_urls(memory: str, here: Path) -> None:
+def test_a_model_learns_from_urls(memory: str, working_directory: Path) -> None:
     run = run_at(memory)
     model = nn.Sequential(nn.Linear(70, 51), nn.Linear(51, 3))
     twa = twa_scale.attach(model, f"{run}/step-*", {"center": "last"})
@@ -124,7 +124,7 @@ def test_a_model_learns_from_urls(memory: str, here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("run/stop-*", "the pattern matches nothing"),
         ("run/nothing", "there is no such file, directory or bucket"),
@@ -137,14 +137,14 @@ def test_a_model_learns_from_urls(memory: str, here: Path) -> None:
         ("cut", "model.safetensors: tensor .* ends at byte .*; it is truncated"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_url(memory: str, name: str, said: str) -> None:
+def test_what_cannot_be_read_is_named_with_its_url(memory: str, name: str, message: str) -> None:
     run_at(memory)
     put(f"{memory}/empty/config.json", "{}")
     put(f"{memory}/dcp/.metadata", "")
     put(f"{memory}/deepspeed/latest", "step1")
     put(f"{memory}/bin/pytorch_model.bin", "")
     put(f"{memory}/cut/model.safetensors", save(state(0))[:-1])
-    with pytest.raises(CandidateError, match=said) as error:
+    with pytest.raises(CandidateError, match=message) as error:
         open_candidates([f"{memory}/{name}"], minimum=1)
     assert memory in str(error.value)
 
@@ -295,7 +295,7 @@ def test_ranks_read_each_byte_once(ranks: Pool, web: tuple[str, Served], size: i
         assert data <= sum(stop - start for start, stop in sent) <= data + beside
 
 
-def test_large_tensors_take_few_requests(web: tuple[str, Served], here: Path) -> None:
+def test_large_tensors_take_few_requests(web: tuple[str, Served], working_directory: Path) -> None:
     url, served = web
     for i in range(2):
         served.content[f"/step-{i}.safetensors"] = save({"w": torch.full((5 << 18,), float(i))})
@@ -310,8 +310,8 @@ def test_a_server_without_ranges_and_a_missing_file_are_refused(web: tuple[str, 
     served.content["/a.safetensors"] = save(state(0))
     served.ranges = False
     assert "it does not serve ranges" in refused([f"{url}/a.safetensors"])
-    said = refused([f"{url}/b.safetensors?key=secret"])
-    assert f"{url}/b.safetensors: there is no such file" in said and "secret" not in said
+    messages = refused([f"{url}/b.safetensors?key=secret"])
+    assert f"{url}/b.safetensors: there is no such file" in messages and "secret" not in messages
 
 
 # S3
@@ -332,11 +332,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_candidates_in_s3(s3: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_in_s3(s3: str, working_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_at(s3)
     assert found(f"{run}/step-*")[0] == [f"{run}/step-{step}" for step in (2, 10, 100)]
     average_fixed([f"{run}/step-*"], "out")
-    assert_average(here / "out")
+    assert_average(working_directory / "out")
     assert Path("out/config.json").exists()
     put_step(f"{run}/step-1000", 3)  # lists of the bucket are not kept
     assert len(found(f"{run}/step-*")[0]) == 4

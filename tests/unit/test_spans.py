@@ -58,18 +58,18 @@ def test_part_equals_a_slice(box: tuple[tuple[int, ...], ...], first: int, secon
 def test_cuts_tile_the_span_and_stay_in_one_part(box: tuple[tuple[int, ...], ...], first: int) -> None:
     shape, span = box[0], block("w", *box)
     size = prod(shape[1:]) * (first if span.run == 0 else 1)
-    cuts = list(span.split(size))
-    assert [i for _, cut in cuts for i in elements(cut)] == elements(span)
-    assert [start for start, _ in cuts] == [sum(len(cut) for _, cut in cuts[:i]) for i in range(len(cuts))]
-    parts = [{i // size for i in elements(cut)} for _, cut in cuts if len(cut)]
+    indices = list(span.split(size))
+    assert [i for _, piece in indices for i in elements(piece)] == elements(span)
+    assert [start for start, _ in indices] == [sum(len(cut) for _, cut in indices[:i]) for i in range(len(indices))]
+    parts = [{i // size for i in elements(cut)} for _, cut in indices if len(cut)]
     assert all(len(part) == 1 for part in parts) and len(set().union(*parts)) == len(parts)
 
 
 def test_spans_of_boxes_that_tile_a_tensor_tile_it() -> None:
-    found = []
+    actual = []
     for i, j in product(range(2), range(3)):
-        found += elements(block("w", (6, 9, 2), (3 * i, 3 * j, 0), (3, 3, 2)))
-    assert sorted(found) == list(range(6 * 9 * 2))
+        actual += elements(block("w", (6, 9, 2), (3 * i, 3 * j, 0), (3, 3, 2)))
+    assert sorted(actual) == list(range(6 * 9 * 2))
 
 
 def test_box_without_evenly_spaced_runs() -> None:

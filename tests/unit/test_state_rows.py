@@ -35,10 +35,10 @@ def train(twa: TrainableAverage) -> None:
 
 def save(twa: TrainableAverage, output: Path, step: int, *, whole: bool = False) -> None:
     """Save as a run does, with a best average: that of the last save."""
-    held = twa.held()
-    kept = {"step": 0, "data": {"metric": "loss"}, "metrics": {"loss": 1.0}, "x": held.x}
-    kept |= {"coefficients": held.coefficients, "buffers": {}}
-    state = twa.state_dict() if whole else twa.state_dict(output, best=held)
+    content = twa.held()
+    kept = {"step": 0, "data": {"metric": "loss"}, "metrics": {"loss": 1.0}, "x": content.x}
+    kept |= {"coefficients": content.coefficients, "buffers": {}}
+    state = twa.state_dict() if whole else twa.state_dict(output, best=content)
     if whole:
         kept["row_values"] = state["rows"]["values"]
     save_state(output, {"twa": state, "kept": kept, "step": step, **REST})
@@ -59,20 +59,20 @@ def twa() -> TrainableAverage:
 
 def test_each_state_has_a_file_and_older_ones_are_removed(twa: TrainableAverage, tmp_path: Path) -> None:
     """Also those that a killed process has left, and none of another's."""
-    found = []
+    actual = []
     (tmp_path / "state.rows-of-someone").mkdir()
     for step in range(4):
         train(twa)
         save(twa, tmp_path, step)
-        found.append(values(tmp_path))
+        actual.append(values(tmp_path))
         assert len(places(tmp_path) - {"state.rows-of-someone"}) == min(step + 1, 2)
         if step == 2:
             twa.state_dict(tmp_path)  # and the process is killed before it has written state.pt
-            assert load_state(tmp_path).step == 2 and torch.equal(values(tmp_path), found[2])
+            assert load_state(tmp_path).step == 2 and torch.equal(values(tmp_path), actual[2])
             assert len(places(tmp_path)) == 4
-    assert not any(torch.equal(one, other) for one, other in pairwise(found))
+    assert not any(torch.equal(first, second) for first, second in pairwise(actual))
     (tmp_path / STATE).unlink()
-    assert load_state(tmp_path).step == 2 and torch.equal(values(tmp_path), found[2])
+    assert load_state(tmp_path).step == 2 and torch.equal(values(tmp_path), actual[2])
     state_file.forget_state(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"state.rows-of-someone"}
 
@@ -141,9 +141,9 @@ def test_damaged_rows_are_named_and_the_state_before_is_used(
             path.write_bytes((tmp_path / other / path.name).read_bytes())
         case "fifo":
             os.mkfifo(path)
-    said: list[str] = []
-    assert load_state(tmp_path, said.append).step == 0
-    assert str(path) in said[0] and DAMAGE[damage] in said[0] and PREVIOUS in said[0]
+    messages: list[str] = []
+    assert load_state(tmp_path, messages.append).step == 0
+    assert str(path) in messages[0] and DAMAGE[damage] in messages[0] and PREVIOUS in messages[0]
     assert load_state(tmp_path, rows="none").step == 1, "rows are not needed"
     assert load_state(tmp_path, rows="size").step == int(damage == "a byte"), "rows are not read"
     state = twa.state_dict(tmp_path)
@@ -184,8 +184,8 @@ def test_a_state_with_all_rows_in_it_is_still_read(twa: TrainableAverage, tmp_pa
     save(twa, tmp_path, 0, whole=True)
     state = load_state(tmp_path)
     assert not places(tmp_path) and state.kept and state.exported.rows and state.exported.rows.values
-    other = average()
-    other.load_state_dict(state.twa.model_dump())
-    for one in (twa, other):
-        train(one)
-    assert torch.equal(twa.held().rows, other.held().rows)  # type: ignore[arg-type]
+    second = average()
+    second.load_state_dict(state.twa.model_dump())
+    for instance in (twa, second):
+        train(instance)
+    assert torch.equal(twa.held().rows, second.held().rows)  # type: ignore[arg-type]

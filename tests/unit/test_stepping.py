@@ -68,9 +68,9 @@ def same(weights: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> boo
 @pytest.mark.parametrize("name", ["adamw", "sgd", "rmsprop"])
 def test_a_step_of_the_optimizer_is_the_step_of_the_average(take: Any, name: str) -> None:
     optimizer = {"name": name, "lr": 0.01}
-    want = trained(by_twa, optimizer=optimizer)
-    assert same(trained(take, optimizer=optimizer), want)
-    assert not same(want, cases.gathered(attach(optimizer=optimizer)[0]))
+    expected = trained(by_twa, optimizer=optimizer)
+    assert same(trained(take, optimizer=optimizer), expected)
+    assert not same(expected, cases.gathered(attach(optimizer=optimizer)[0]))
 
 
 @pytest.mark.parametrize("take", [by_twa, by_optimizer])
@@ -118,10 +118,10 @@ def test_a_scaler_steps_the_optimizer(unscale: bool, config: dict[str, Any]) -> 
             twa.optimizer.zero_grad()
         return cases.gathered(model), scales
 
-    want, _ = steps(scaling=False)
+    expected, _ = steps(scaling=False)
     weights, scales = steps(scaling=True)
     assert scales == [1024, 512, 512, 512]
-    for name, value in want.items():
+    for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
 
@@ -136,7 +136,7 @@ def test_a_scaler_that_does_not_hand_itself_over_is_refused() -> None:
 
 
 def test_the_state_of_the_optimizer_continues_the_run() -> None:
-    want = trained(by_optimizer)
+    expected = trained(by_optimizer)
     model, twa = attach()
     for step in range(2):
         by_optimizer(model, twa, step)
@@ -148,7 +148,7 @@ def test_the_state_of_the_optimizer_continues_the_run() -> None:
     for step in range(2, RUN.steps):
         by_optimizer(model, twa, step)
         scheduler.step()
-    assert same(cases.gathered(model), want)
+    assert same(cases.gathered(model), expected)
 
 
 def test_the_state_of_another_optimizer_is_refused() -> None:
@@ -278,6 +278,6 @@ def test_an_average_says_what_it_is() -> None:
 
 def test_unpacking_as_a_trainer_does_says_what_to_give() -> None:
     _, twa = attach()
-    for given in (twa, twa.as_optimizer()):
+    for inputs in (twa, twa.as_optimizer()):
         with pytest.raises(TwaError, match=r"optimizers=\(twa\.as_optimizer\(\), None\)"):
-            _optimizer, _scheduler = given
+            _optimizer, _scheduler = inputs

@@ -51,9 +51,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def taken(run: Path, **select: Any) -> tuple[list[int | None], list[str]]:
-    said: list[str] = []
-    sources = find_sources(str(run / "step-*"), 1, said.append, SelectConfig(**select))
-    return [step_of(path) for path in sources if isinstance(path, Path)], said
+    messages: list[str] = []
+    sources = find_sources(str(run / "step-*"), 1, messages.append, SelectConfig(**select))
+    return [step_of(path) for path in sources if isinstance(path, Path)], messages
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def taken(run: Path, **select: Any) -> tuple[list[int | None], list[str]]:
     ],
 )
 def test_what_is_taken_is_said(run: Path, select: dict[str, Any], steps: list[int], line: str) -> None:
-    found, said = taken(run, **select)
-    assert found == steps and len(said) == 1 and line in said[0], (found, said)
-    assert f"step-{steps[0]}.pt" in said[0] and f"step-{steps[-1]}.pt" in said[0]
+    actual, messages = taken(run, **select)
+    assert actual == steps and len(messages) == 1 and line in messages[0], (actual, messages)
+    assert f"step-{steps[0]}.pt" in messages[0] and f"step-{steps[-1]}.pt" in messages[0]
 
 
 def test_shuffles_are_those_of_the_seed(run: Path) -> None:
-    first, again, other = (taken(run, order="shuffle", seed=seed)[0] for seed in (1, 1, 2))
-    assert first == again != other and sorted(map(str, first)) == sorted(map(str, other))
+    first, repeated, other = (taken(run, order="shuffle", seed=seed)[0] for seed in (1, 1, 2))
+    assert first == repeated != other and sorted(map(str, first)) == sorted(map(str, other))
 
 
 def test_nothing_is_said_of_all(run: Path) -> None:
@@ -105,10 +105,10 @@ def test_settings_that_contradict_each_other() -> None:
 def test_names_without_steps(run: Path) -> None:
     with pytest.raises(CandidateError, match="a state dict has no step in its name"):
         find_sources([{"w": torch.ones(1)}] * 2, 2, lambda _: None, SelectConfig(every=2))
-    said: list[str] = []
+    messages: list[str] = []
     states = [{"w": torch.full((1,), float(i))} for i in range(3)]
-    assert find_sources(states, 2, said.append, SelectConfig(last=2)) == states[1:]
-    assert said == ["candidates: 2 of 3 are taken (last: 2): 2 state dicts."]
+    assert find_sources(states, 2, messages.append, SelectConfig(last=2)) == states[1:]
+    assert messages == ["candidates: 2 of 3 are taken (last: 2): 2 state dicts."]
 
 
 def test_average_and_inspect_take_a_range(run: Path, tmp_path: Path) -> None:

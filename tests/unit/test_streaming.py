@@ -41,40 +41,40 @@ def sources(n: int, m: int, kind: str) -> Sources:
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "float64", "mixed"])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 511), (3, 513), (5, 3000), (16, 1024), (17, 70_001)])
 def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int) -> None:
-    given = sources(n, m, kind)
+    inputs = sources(n, m, kind)
     weights = torch.rand(n, dtype=torch.float64)
     weights /= weights.sum()
     dtype = torch.float64 if kind == "float64" else torch.float32
-    rows, found = Dense.empty(n, m, torch.float32, CPU), torch.full((m + 20,), float("nan"), dtype=dtype)
+    rows, actual = Dense.empty(n, m, torch.float32, CPU), torch.full((m + 20,), float("nan"), dtype=dtype)
     products, squares = torch.zeros(n + 1, n + 1, dtype=torch.float64), torch.zeros(n + 1, dtype=torch.float64)
-    seen = kernels.make_deltas(given, weights.tolist(), Target(rows, found[:m], products), 0)
-    assert seen.finite and found[m:].isnan().all()
-    assert seen.checksums.tolist() == [checksum(row.contiguous()) for row in given]
-    assert kernels.checksums(given).tolist() == seen.checksums.tolist()
-    exact = torch.stack([row.double() for row in given])
+    seen = kernels.make_deltas(inputs, weights.tolist(), Target(rows, actual[:m], products), 0)
+    assert seen.finite and actual[m:].isnan().all()
+    assert seen.checksums.tolist() == [checksum(row.contiguous()) for row in inputs]
+    assert kernels.checksums(inputs).tolist() == seen.checksums.tolist()
+    exact = torch.stack([row.double() for row in inputs])
     center = weights @ exact
-    torch.testing.assert_close(found[:m].double(), center, rtol=2e-7, atol=1e-8)
+    torch.testing.assert_close(actual[:m].double(), center, rtol=2e-7, atol=1e-8)
     torch.testing.assert_close(matrix(rows).double(), exact - center, rtol=0, atol=3e-9)
-    wide = torch.cat([exact - center if dtype == torch.float64 else matrix(rows).double(), found[None, :m].double()])
+    wide = torch.cat([exact - center if dtype == torch.float64 else matrix(rows).double(), actual[None, :m].double()])
     torch.testing.assert_close(products, wide @ wide.T, rtol=1e-12, atol=1e-12 * float(wide[-1] @ wide[-1]))
     for times in (1, 2):  # they are added to
-        kernels.make_deltas(given, weights.tolist(), Target(products=squares), 0)
+        kernels.make_deltas(inputs, weights.tolist(), Target(products=squares), 0)
         torch.testing.assert_close(squares, times * products.diagonal(), rtol=1e-12, atol=0)
-    kernels.make_deltas(given, weights.tolist(), Target(products=products), 0)
+    kernels.make_deltas(inputs, weights.tolist(), Target(products=products), 0)
     torch.testing.assert_close(products.diagonal(), squares, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
 def test_deltas_do_not_depend_on_neighbouring_columns(kind: str) -> None:
     """Vectors and what is left over compute alike, so that codes do not depend on chunks or ranks."""
-    given = sources(5, 1000, kind)
-    assert isinstance(given, Tensor)
+    inputs = sources(5, 1000, kind)
+    assert isinstance(inputs, Tensor)
     weights = [0.1, 0.2, 0.3, 0.15, 0.25]
     kernels = NumbaKernels()
 
     def made(start: int, stop: int) -> Tensor:
         rows, center = Dense.empty(5, stop - start, torch.float32, CPU), torch.empty(stop - start)
-        kernels.make_deltas(given[:, start:stop].contiguous(), weights, Target(rows, center), 0)
+        kernels.make_deltas(inputs[:, start:stop].contiguous(), weights, Target(rows, center), 0)
         return torch.cat([matrix(rows), center[None]])
 
     for start, stop in ((0, 1), (3, 20), (5, 69), (100, 163), (7, 1000)):
@@ -86,17 +86,17 @@ def test_deltas_do_not_depend_on_neighbouring_columns(kind: str) -> None:
 def test_threads_and_parts_change_no_delta(kernels: Kernels, dtype: torch.dtype) -> None:
     """Dense rows written from any column on, by several threads."""
     n, m = 16, 70_001
-    given, cuts = sources(n, m, "bfloat16"), [0, 1, 130, 5000, 5001, 40_000, m]
-    assert isinstance(given, Tensor)
+    inputs, indices = sources(n, m, "bfloat16"), [0, 1, 130, 5000, 5001, 40_000, m]
+    assert isinstance(inputs, Tensor)
     whole, parts = (Dense.empty(n, m, dtype, CPU) for _ in range(2))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        kernels.make_deltas(given, [1 / n] * n, Target(whole), 0)
+        kernels.make_deltas(inputs, [1 / n] * n, Target(whole), 0)
     finally:
         torch.set_num_threads(threads)
-    for low, high in pairwise(cuts):
-        kernels.make_deltas(given[:, low:high], [1 / n] * n, Target(parts), low)
+    for low, high in pairwise(indices):
+        kernels.make_deltas(inputs[:, low:high], [1 / n] * n, Target(parts), low)
     assert torch.equal(whole.values, parts.values)
 
 
@@ -129,9 +129,9 @@ def test_small_reads_of_spans_are_exact(tmp_path: Path, in_flight: int) -> None:
     progress = lambda nbytes, _: seen.append(nbytes)  # noqa: E731
     stream = Stream(candidates, KERNELS[1], progress=progress, read_chunk=4096, reads_in_flight=in_flight)
     spans = [Span("a", 0, 9000), Span("b", 5, 5), Span("b", 1, 7000), Span("a", 9010, 9010 + 29 * 130 + 65, 65, 130)]
-    found = {s: Target(Dense.empty(n, len(s), torch.float32, CPU), torch.empty(len(s))) for s in spans}
-    stream.make_deltas(found, [1 / n] * n)
-    for span, target in found.items():
+    actual = {s: Target(Dense.empty(n, len(s), torch.float32, CPU), torch.empty(len(s))) for s in spans}
+    stream.make_deltas(actual, [1 / n] * n)
+    for span, target in actual.items():
         assert isinstance(target.rows, Dense) and target.center is not None
         parts = [[state[span.name].flatten()[i:j].double() for i, j in span.runs()] for state in states]
         exact = torch.stack([torch.cat(part) for part in parts])
@@ -174,13 +174,13 @@ def test_settings_out_of_range(key: str, value: int) -> None:
 @both
 def test_non_finite_values_are_not_written_to_live_weights(kernels: Kernels) -> None:
     """A parameter that is not trained, in the model's own type and under autograd."""
-    given = torch.ones(3, 300).bfloat16()
-    given[1, 7] = float("nan")
+    inputs = torch.ones(3, 300).bfloat16()
+    inputs[1, 7] = float("nan")
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         live = torch.nn.Parameter(torch.full((300,), 5.0, dtype=dtype))
-        assert not kernels.make_deltas(given, [0.5, 0.0, 0.5], Target(center=live), 0).finite
+        assert not kernels.make_deltas(inputs, [0.5, 0.0, 0.5], Target(center=live), 0).finite
         assert (live == 5).all()
-        assert kernels.make_deltas(given[:, 8:], [0.5, 0.0, 0.5], Target(center=live), 8).finite
+        assert kernels.make_deltas(inputs[:, 8:], [0.5, 0.0, 0.5], Target(center=live), 8).finite
         assert (live[8:] == 1).all() and (live[:8] == 5).all()
 
 
@@ -194,9 +194,9 @@ def test_parts_of_blocks_are_refused(kernels: Kernels) -> None:
 
 def test_norms_of_very_large_and_very_small_deltas() -> None:
     for size in (1e-22, 1e19):
-        given = torch.tensor([[-size] * 300, [size] * 300])
+        inputs = torch.tensor([[-size] * 300, [size] * 300])
         squares = torch.zeros(3, dtype=torch.float64)
-        KERNELS[1].make_deltas(given, [0.5, 0.5], Target(products=squares), 0)
+        KERNELS[1].make_deltas(inputs, [0.5, 0.5], Target(products=squares), 0)
         torch.testing.assert_close(squares[:2] / size**2, torch.full((2,), 300.0, dtype=torch.float64))
 
 

@@ -230,8 +230,8 @@ def test_recomputing_changes_no_gradient_and_keeps_less(llama: str, tmp_path: Pa
         gradients.append([parameter.grad for parameter in model.parameters()])
         kept.append(sum(sizes))
     assert kept[1] < 0.7 * kept[0]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 # sequence_classification
@@ -440,7 +440,7 @@ def test_data_that_cannot_be_found_or_read(tmp_path: Path) -> None:
         assert len(task.dataset("train")) == 9
     (folder / "deep/b.txt").symlink_to("nothing")
     os.mkfifo(folder / "c.txt")
-    for spec, said in {
+    for spec, messages in {
         "": "not a path",
         "~nobody-of-this-name/a": "Write the path out",
         "x" * 5000: "File name too long",
@@ -448,7 +448,7 @@ def test_data_that_cannot_be_found_or_read(tmp_path: Path) -> None:
         f"{folder}/*/*.txt": "deep/b.txt: is a dangling link",
         f"{folder}/c.txt": "matches no file",
     }.items():
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=messages):
             task_of("causal_lm", model=TINY_GPT, text={"train": spec}, context=4)
 
 
@@ -531,7 +531,7 @@ def test_files_in_two_splits_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"plain text, " * 20, "plain text"),
         (b"\x93NUMPY" + bytes(100), "a numpy array"),
@@ -540,9 +540,9 @@ def test_files_in_two_splits_are_reported(tmp_path: Path) -> None:
         (b"MMIDIDX\0\0" + bytes(100), "an index of Megatron-LM"),
     ],
 )
-def test_bin_files_of_other_formats_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_bin_files_of_other_formats_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.bin").write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"t\.bin: is not a plain sequence of tokens, but .*{said}"):
+    with pytest.raises(ConfigError, match=rf"t\.bin: is not a plain sequence of tokens, but .*{message}"):
         task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.bin")}, context=4).dataset("train")
     bytewise = {"tokens": {"train": str(tmp_path / "t.bin")}, "token_dtype": "uint8"}
     assert task_of("causal_lm", model=TINY_GPT, context=4, **bytewise).dataset("train")
@@ -723,8 +723,8 @@ for directory in sys.argv[1:]:
     command = [sys.executable, "-c", program, *map(str, directories)]
     done = subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    *said, rest = done.stdout.split("end of a directory\n")
+    *messages, rest = done.stdout.split("end of a directory\n")
     assert rest == "" and "trust_remote_code" not in done.stdout
-    for directory, text in zip(directories, said, strict=True):
+    for directory, text in zip(directories, messages, strict=True):
         assert not (directory / "ran").exists()
         assert "needs Python code that comes with it" in text

@@ -18,10 +18,10 @@ from twa_scale.config.run import RunConfig
 def test_the_file_is_a_configuration(tmp_path: Path, task: str) -> None:
     file = tmp_path / "twa.yaml"
     options = ["--candidates", "a b/*: c", "--task", task, "--output", "out"]
-    said = CliRunner().invoke(app, ["init", str(file), *options], catch_exceptions=False)
+    messages = CliRunner().invoke(app, ["init", str(file), *options], catch_exceptions=False)
     config = load_config(file, [])
     assert (config.candidates, config.task.name, config.output, config.steps) == ("a b/*: c", task, "out", 100)
-    assert "twa-scale plan" in said.output
+    assert "twa-scale plan" in messages.output
 
 
 def test_commented_keys_are_the_defaults(tmp_path: Path) -> None:
@@ -29,9 +29,9 @@ def test_commented_keys_are_the_defaults(tmp_path: Path) -> None:
     CliRunner().invoke(app, ["init", str(file)], catch_exceptions=False)
     text = file.read_text()
     keys = r"^# ((?:  )?[a-z_]+:( .*)?)$"  # no explanation begins with one lower-case word and a colon
-    found = yaml.safe_load(re.sub(keys, r"\1", text, flags=re.MULTILINE))
-    assert found.keys() == RunConfig.model_fields.keys()
-    assert {**RunConfig(**found).model_dump()} == load_config(file, []).model_dump()
+    actual = yaml.safe_load(re.sub(keys, r"\1", text, flags=re.MULTILINE))
+    assert actual.keys() == RunConfig.model_fields.keys()
+    assert {**RunConfig(**actual).model_dump()} == load_config(file, []).model_dump()
 
 
 def test_existing_file_is_kept(tmp_path: Path) -> None:

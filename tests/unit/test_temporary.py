@@ -42,17 +42,17 @@ def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]
     command = [sys.executable, "-m", "tests.kill_while_writing", str(tmp_path_factory.mktemp("kills")), seed]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
-    found: dict[str, dict[str, int]] = json.loads(ran.stdout)
-    return found
+    actual: dict[str, dict[str, int]] = json.loads(ran.stdout)
+    return actual
 
 
 @pytest.mark.parametrize("mode", KILLS)
 def test_killed_writers_leave_a_complete_output(kills: dict[str, dict[str, int]], mode: str) -> None:
-    found = kills[mode]
-    assert found["killed"] == found["complete afterwards"] == KILLS[mode] and found["left"] == 0
-    assert found["hidden"] > 0
-    absent = found.get("absent", 0)
-    assert found.get("complete", 0) + absent == KILLS[mode]
+    actual = kills[mode]
+    assert actual["killed"] == actual["complete afterwards"] == KILLS[mode] and actual["left"] == 0
+    assert actual["hidden"] > 0
+    absent = actual.get("absent", 0)
+    assert actual.get("complete", 0) + absent == KILLS[mode]
     assert absent == {"exchange": 0, "between": KILLS[mode]}.get(mode, absent)
 
 
@@ -115,8 +115,8 @@ def hold_and_fork(target: Path, ready: Connection) -> None:
 
 
 def test_forked_children_do_not_hold_locks(tmp_path: Path) -> None:
-    with holding(tmp_path / "out", hold_and_fork) as (_, said):
-        name, code = said.split()
+    with holding(tmp_path / "out", hold_and_fork) as (_, messages):
+        name, code = messages.split()
         assert remaining(tmp_path) == [name, f"{name}.lock"] and int(code) == -signal.SIGTERM
     remove_leftovers(tmp_path)  # while another worker still runs
     assert remaining(tmp_path) == []
@@ -184,18 +184,18 @@ def test_locks_of_other_hosts_are_kept_for_a_day(tmp_path: Path, old: bool) -> N
 
 def test_output_that_was_being_replaced_is_restored(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for now in (None, b"new"):
+    for current in (None, b"new"):
         with holding(out) as (_, name):
             pass
         for suffix in ("", ".lock"):
             (tmp_path / (name + suffix)).rename(tmp_path / (name.replace(".tmp-", ".old-") + suffix))
-        if now:
-            (out / "weights").write_bytes(now)
-        if not now:
+        if current:
+            (out / "weights").write_bytes(current)
+        if not current:
             with pytest.raises(CandidateError, match=r"killed.*\.out\.old-"):
                 open_candidates([out], minimum=1)
         remove_leftovers(tmp_path)
-        assert remaining(tmp_path) == ["out"] and (out / "weights").read_bytes() == (now or b"0")
+        assert remaining(tmp_path) == ["out"] and (out / "weights").read_bytes() == (current or b"0")
 
 
 def test_publish_does_not_replace_a_file(tmp_path: Path) -> None:

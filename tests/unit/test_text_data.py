@@ -100,7 +100,7 @@ def test_several_files_are_one_split(bert: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"label": "score"}, r"a\.jsonl, line 1: 0\.5 is not a class\. Set task\.problem: regression"),
         ({"label": "b", "problem": "regression"}, r"line 1: 'a lift' is not a finite number"),
@@ -109,8 +109,8 @@ def test_several_files_are_one_split(bert: str, tmp_path: Path) -> None:
         ({"problem": "ranking"}, "problem.*'ranking'"),
     ],
 )
-def test_what_cannot_be_used(bert: str, tmp_path: Path, options: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_cannot_be_used(bert: str, tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         task_of(bert, train=write(tmp_path / "a.jsonl", TABLE), **options)
 
 

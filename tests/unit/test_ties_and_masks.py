@@ -60,10 +60,10 @@ def test_tied_tensors_that_are_equal_are_read_and_written_under_both_names(tmp_p
     paths, net = written(tmp_path, [state(0), state(1)]), Tied()
     twa = twa_scale.attach(net, paths)
     assert twa.bytes_read == 2 * sum(value.nbytes for value in state(0).values())
-    found = exported(twa, tmp_path / "out")
-    assert torch.equal(found["embed.weight"], found["lm_head.weight"]) and found.keys() == state(0).keys()
+    actual = exported(twa, tmp_path / "out")
+    assert torch.equal(actual["embed.weight"], actual["lm_head.weight"]) and actual.keys() == state(0).keys()
     average_fixed(paths, tmp_path / "merged")
-    torch.testing.assert_close(load_file(tmp_path / "merged/model.safetensors"), found)
+    torch.testing.assert_close(load_file(tmp_path / "merged/model.safetensors"), actual)
 
 
 def test_what_is_stored_once_is_read_once() -> None:
@@ -153,11 +153,11 @@ def test_masks_that_are_equal_keep_their_bits(tmp_path: Path) -> None:
         net.mask.zero_()
         net.bias_mask.zero_()
     paths = written(tmp_path, states)
-    found = exported(twa_scale.attach(net, paths), tmp_path / "out")
+    actual = exported(twa_scale.attach(net, paths), tmp_path / "out")
     average_fixed(paths, tmp_path / "merged", "ema:0.5")
-    for held in (dict(net.state_dict()), found, load_file(tmp_path / "merged/model.safetensors")):
+    for stored in (dict(net.state_dict()), actual, load_file(tmp_path / "merged/model.safetensors")):
         for name in ("mask", "bias_mask"):
-            assert torch.equal(held[name], states[0][name])
+            assert torch.equal(stored[name], states[0][name])
     assert all(norm < 100 for norm in inspect(paths).norms)
 
 
@@ -220,12 +220,12 @@ def test_a_view_into_the_model_is_found() -> None:
     flat = torch.zeros(40)
     net.weight = nn.Parameter(flat[8:24].view(4, 4))
     for start, refused in ((0, True), (23, True), (24, False)):
-        held = [{"weight": torch.randn(4, 4)}, {"weight": flat[start : start + 16].view(4, 4)}]
+        stored = [{"weight": torch.randn(4, 4)}, {"weight": flat[start : start + 16].view(4, 4)}]
         if refused:
             with pytest.raises(ConfigError, match="memory of the model"):
-                twa_scale.attach(net, held, {"store": "mapped"})
+                twa_scale.attach(net, stored, {"store": "mapped"})
         else:
-            twa_scale.attach(net, held, {"store": "mapped"})
+            twa_scale.attach(net, stored, {"store": "mapped"})
 
 
 # Settings
@@ -247,6 +247,6 @@ def test_keys_and_patterns_reach_attach_average_and_inspect(tmp_path: Path) -> N
     assert inspect(paths, wanted=asked_for([], "model_ema")).tensors == [2, 2]
     with pytest.warns(TwaWarning, match="under 'model_ema'"):
         assert inspect(paths, wanted=asked_for(["mask"], None)).tensors == [2, 2]
-    for pattern, said in (("(", "is not a regular expression"), ("nothing", "'nothing' matches none")):
-        with pytest.raises(ConfigError, match=said):
+    for pattern, messages in (("(", "is not a regular expression"), ("nothing", "'nothing' matches none")):
+        with pytest.raises(ConfigError, match=messages):
             average_fixed(paths, tmp_path / "out", weights_key="model_ema", ignore=[pattern])

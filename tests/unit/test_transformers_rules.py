@@ -79,7 +79,7 @@ def test_the_expert_that_is_missing_is_named(removed: str, missing: str, tmp_pat
 
 def test_experts_that_are_stored_transposed_under_the_same_names(tmp_path: Path) -> None:
     """As those of Qwen3-VL-MoE on the hub: transformers looks at the shapes, and transposes."""
-    (vision,) = (one for one in ARCHITECTURES if one.model == "Qwen3VLMoeForConditionalGeneration")
+    (vision,) = (item for item in ARCHITECTURES if item.model == "Qwen3VLMoeForConditionalGeneration")
     config = transformers.Qwen3VLMoeConfig(**vision.settings)
     config.text_config.moe_intermediate_size = 12  # no matrix of an expert is square
     paths = [tmp_path / f"step-{i}" for i in range(2)]

@@ -45,7 +45,7 @@ class Everything(nn.Module):
 
 def states(n: int = N) -> list[dict[str, Tensor]]:
     """Candidates that differ in every tensor; some numbers are subnormal, some are equal."""
-    found = []
+    actual = []
     for seed in range(n):
         torch.manual_seed(seed)
         state = {name: value.clone() for name, value in Everything().state_dict().items()}
@@ -54,8 +54,8 @@ def states(n: int = N) -> list[dict[str, Tensor]]:
         state["norm.num_batches_tracked"] += seed
         state["first.weight"][0] = 1e-41 * (seed + 1)
         state["first.weight"][1] = 1 / 3
-        found.append(state)
-    return found
+        actual.append(state)
+    return actual
 
 
 def save(folder: Path, candidates: Sequence[Mapping[str, Tensor]]) -> list[str]:
@@ -94,9 +94,11 @@ def test_attach_and_average_give_the_same_bits(tmp_path: Path, weights: Any) -> 
         assert value.dtype == candidates[0][name].dtype and torch.equal(live[name], value), name
         if name in COPIED:
             assert torch.equal(value, candidates[-1][name]), name
-    said = ours(attached)
-    assert said == ours(averaged) and len(said) == 1
-    assert f"from {paths[-1]}" in said[0] and "and 2 more" in said[0] and "num_batches_tracked" not in said[0]
+    messages = ours(attached)
+    assert messages == ours(averaged) and len(messages) == 1
+    assert (
+        f"from {paths[-1]}" in messages[0] and "and 2 more" in messages[0] and "num_batches_tracked" not in messages[0]
+    )
 
 
 def test_counters_of_batchnorm_are_copied_without_a_notice(tmp_path: Path) -> None:
@@ -128,13 +130,13 @@ def test_statistics_are_averaged_and_other_buffers_are_those_of_one_candidate(tm
             twa_scale.attach(model, paths, {"center": b, "buffers": option}).close()
         with pytest.warns(TwaWarning, match="copied, not averaged"):
             average_fixed(paths, tmp_path / f"{i}", b, buffers=str(option))
-        for found in (model.state_dict(), load_file(tmp_path / f"{i}/model.safetensors")):
+        for actual in (model.state_dict(), load_file(tmp_path / f"{i}/model.safetensors")):
             for name in ("norm.running_mean", "norm.running_var"):
                 exact = weighted(expected, (state[name].double() for state in candidates))
-                torch.testing.assert_close(found[name].double(), exact, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(actual[name].double(), exact, rtol=1e-6, atol=1e-7)
             for name in ("old.weight_u", "new.parametrizations.weight.0._v"):
-                assert torch.equal(found[name], candidates[which][name])
-            assert torch.equal(found["table"], candidates[-1]["table"])
+                assert torch.equal(actual[name], candidates[which][name])
+            assert torch.equal(actual["table"], candidates[-1]["table"])
         assert torch.equal(model.scale, candidates[which]["scale"])
 
 
@@ -217,9 +219,9 @@ def test_copies_that_agree_are_not_mentioned(tmp_path: Path, recwarn: Any) -> No
     ids=str,
 )
 def test_the_result_has_the_widest_type_and_says_so(tmp_path: Path, types: Any, result: torch.dtype) -> None:
-    held = [{"weight": torch.randn(3, 2).to(dtype), "bias": torch.randn(3)} for dtype in types]
-    paths = save(tmp_path, held)
-    exact = sum(state["weight"].double() for state in held) / 2
+    stored = [{"weight": torch.randn(3, 2).to(dtype), "bias": torch.randn(3)} for dtype in types]
+    paths = save(tmp_path, stored)
+    exact = sum(state["weight"].double() for state in stored) / 2
     model = nn.Linear(2, 3)
     twa = twa_scale.attach(model, paths)
     writers: dict[str, Callable[..., object]] = {"live": twa.export, "merged": partial(average_fixed, paths)}
@@ -227,9 +229,9 @@ def test_the_result_has_the_widest_type_and_says_so(tmp_path: Path, types: Any, 
         with pytest.warns(TwaWarning, match=f"'weight' as .* widest type, {str(result)[6:]};") as caught:
             write(tmp_path / out)
         assert len(ours(caught)) == 1
-        found = load_file(tmp_path / out / "model.safetensors")
-        assert found["weight"].dtype == result and found["bias"].dtype == torch.float32
-        torch.testing.assert_close(found["weight"].double(), exact, rtol=1e-2, atol=1e-2)
+        actual = load_file(tmp_path / out / "model.safetensors")
+        assert actual["weight"].dtype == result and actual["bias"].dtype == torch.float32
+        torch.testing.assert_close(actual["weight"].double(), exact, rtol=1e-2, atol=1e-2)
 
 
 def test_a_type_that_is_asked_for_is_not_mentioned(tmp_path: Path, recwarn: Any) -> None:

@@ -60,10 +60,10 @@ def on_ranks(out: Path, **options: Any) -> None:
 
 
 def load(out: Path) -> Tensors:
-    found: Tensors = {}
+    actual: Tensors = {}
     for file in out.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
+        actual |= load_file(file)
+    return actual
 
 
 def assert_same(found: Tensors, expected: Tensors) -> None:
@@ -145,10 +145,10 @@ def test_from_pretrained(tmp_path: Path) -> None:
     model = transformers.BertModel(config)
     model.save_pretrained(tmp_path / "in")
     state = model.state_dict()
-    said = with_provenance(ORIGIN, {"config.json": tmp_path / "in/config.json"})
+    messages = with_provenance(ORIGIN, {"config.json": tmp_path / "in/config.json"})
     for limit in (2000, "1GB"):
         with writing(
-            tmp_path / "out", specs_of(state), Group.alone(), max_shard_size=limit, overwrite=True, **said
+            tmp_path / "out", specs_of(state), Group.alone(), max_shard_size=limit, overwrite=True, **messages
         ) as writer:
             for name, tensor in state.items():
                 writer.write(whole_tensor(name, tuple(tensor.shape)), tensor.reshape(-1) * 2)
@@ -202,10 +202,10 @@ def test_incomplete_spans_are_never_published(ranks: Pool, tmp_path: Path, size:
 def write_elsewhere(out: Path) -> None:
     """Give rank 1 another directory than rank 0, as on a node that does not mount it."""
     group = Group.world()
-    given = group.broadcast
+    inputs = group.broadcast
 
     def broadcast(value: Any, source: int = 0) -> Any:
-        path = given(value, source)
+        path = inputs(value, source)
         hidden = isinstance(path, Path) and path.name.startswith(".")
         return path / "unseen" if group.rank == 1 and hidden else path
 
@@ -223,30 +223,30 @@ def test_existing_output(ranks: Pool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     write_share(out, Group.alone(), **with_provenance(ORIGIN, {}))  # empty: taken
-    ours = (out / "model.safetensors").read_bytes()
-    for overwrite, said in ((False, "not empty"), (True, "'model.safetensors'")):
+    own = (out / "model.safetensors").read_bytes()
+    for overwrite, messages in ((False, "not empty"), (True, "'model.safetensors'")):
         (out / "model.safetensors").write_bytes(b"precious")
         error = ranks.error(on_ranks, 2, out=out, overwrite=overwrite)
-        assert isinstance(error, OutputError) and said in str(error) and str(out) in str(error)
+        assert isinstance(error, OutputError) and messages in str(error) and str(out) in str(error)
         assert (out / "model.safetensors").read_bytes() == b"precious"
-    (out / "model.safetensors").write_bytes(ours)
+    (out / "model.safetensors").write_bytes(own)
     ranks(on_ranks, 2, out=out, overwrite=True)
     assert_same(load(out), tensors())
     assert left(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda out: out.write_bytes(b""), "is a file"),
         (lambda out: (out.mkdir(), (out / "thesis.tex").touch()), "holds no weights"),
         (lambda out: (out / "logs").mkdir(parents=True), "holds the directory 'logs'"),
     ],
 )
-def test_overwrite_replaces_only_outputs(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
+def test_overwrite_replaces_only_outputs(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     out = tmp_path / "out"
     make(out)
-    with pytest.raises(OutputError, match=said):
+    with pytest.raises(OutputError, match=message):
         write_share(out, Group.alone(), overwrite=True)
     assert left(tmp_path) == ["out"]
 

@@ -46,38 +46,38 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
-    given = parser.parse_args()
-    if unknown := [name for name in given.stages if name not in STAGES]:
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.stages if name not in STAGES]:
         parser.error(f"no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
-    if given.list:
+    if arguments.list:
         print("\n".join(f"{name} {seconds}" for name, (seconds, _) in STAGES.items()))
         return 0
-    given.out.mkdir(parents=True, exist_ok=True)
-    if given.table:
-        write_table(given.out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.table:
+        write_table(arguments.out)
         return 0
-    done = [run(name, given.device, given.out, tiny=given.tiny) for name in given.stages or STAGES]
+    done = [run(name, arguments.device, arguments.out, tiny=arguments.tiny) for name in arguments.stages or STAGES]
     return 0 if all(done) else 1
 
 
 def run(name: str, device: str, out: Path, *, tiny: bool) -> bool:
     """Run a stage, and return whether it came to its end and found nothing wrong. What it raises becomes a row."""
     start, cpu = time.perf_counter(), time.process_time()
-    right = True
+    rhs = True
     try:
         for row in _rows(name, device, tiny):
             _add(out, name, row)
-            right &= name not in CORRECTNESS or row["ok"] is not False
+            rhs &= name not in CORRECTNESS or row["ok"] is not False
     except Exception as error:
         traceback.print_exc()
         first_line = str(error).strip().partition("\n")[0]
-        said = f"{type(error).__name__}: {first_line[:200]}"
-        _add(out, name, {"what": "ended by an error", "measured": said, "ok": False})
+        messages = f"{type(error).__name__}: {first_line[:200]}"
+        _add(out, name, {"what": "ended by an error", "measured": messages, "ok": False})
         return False
     finally:
         taken = f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} s of CPU"
         print(f"== {name}: {taken}", flush=True)
-    return right
+    return rhs
 
 
 def _rows(name: str, device: str, tiny: bool) -> Iterator[dict[str, object]]:
@@ -89,9 +89,9 @@ def _rows(name: str, device: str, tiny: bool) -> Iterator[dict[str, object]]:
     from tests.gpu.stages.setup import Setup
 
     module, function = STAGES[name][1].split(".")
-    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    target = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="twa-scale-gpu-") as scratch:
-        setup = Setup(place, tiny, Path(scratch))
+        setup = Setup(target, tiny, Path(scratch))
         for row in getattr(import_module(f"tests.gpu.stages.{module}"), function)(setup):
             yield asdict(row)
 

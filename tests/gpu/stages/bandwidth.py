@@ -32,11 +32,11 @@ def measured(setup: Setup, kernels: Kernels, store: str, n: int, m: int, copy: f
     for operation, (function, nbytes) in work.items():
         seconds = setup.device_seconds(function)
         rate, expected = nbytes / seconds, predicted(setup, operation, store, n)
-        found = f"{milliseconds(seconds)}, {rate / 1e12:.2f} TB/s, {rate / copy:.0%} of copy"
+        actual = f"{milliseconds(seconds)}, {rate / 1e12:.2f} TB/s, {rate / copy:.0%} of copy"
         share = rate / card.bandwidth if card else 0.0
         yield Row(
             f"`{store}`, {operation}, n = {n}, {m / 1e6:.0f} M elements",
-            f"{found}, {share:.0%} of the card" if card else found,
+            f"{actual}, {share:.0%} of the card" if card else actual,
             f"{expected:.0%} of the card" if expected else "",
             abs(share / expected - 1) <= WITHIN if expected and not setup.tiny else None,
         )

@@ -44,8 +44,8 @@ def run(setup: Setup) -> Iterator[Row]:
                 error(value, a[:, group_of[name]], torch.stack([state[name] for state in states]))
                 for name, value in written.items()
             )
-            what = f"{kind}, error of an exported element"
-            yield Row(what, f"{worst:.1e}", f"{ONE_ROUNDING:.1e}", worst <= ONE_ROUNDING)
+            label = f"{kind}, error of an exported element"
+            yield Row(label, f"{worst:.1e}", f"{ONE_ROUNDING:.1e}", worst <= ONE_ROUNDING)
 
 
 def error(value: Tensor, a: Tensor, candidates: Tensor) -> float:

@@ -25,8 +25,8 @@ def run(setup: Setup) -> Iterator[Row]:
             continue
         shapes = SHAPES if setup.tiny else (*SHAPES, LARGE)
         for store in STORES:
-            found = [errors(kernels, store, n, m, start, setup.device) for n, m, start in shapes]
-            project, combine, rounded = (max(column) for column in zip(*found, strict=True))
+            actual = [errors(kernels, store, n, m, start, setup.device) for n, m, start in shapes]
+            project, combine, rounded = (max(column) for column in zip(*actual, strict=True))
             ok = max(project, combine) <= TOLERANCE[name] and rounded <= ROUNDED
             measured = f"project {project:.1e}, combine {combine:.1e}, to bfloat16 {rounded:.1e}"
             yield Row(f"{name}, `{store}`: largest error", measured, f"{TOLERANCE[name]:.0e}, {ROUNDED:.0e}", ok)
@@ -41,11 +41,11 @@ def errors(
     weights = torch.randn(n, device=device)
     lengths = precise.norm(dim=1) * gradient.double().norm()
     project = ((kernels.project(rows, gradient) - precise @ gradient.double()).abs() / lengths.clamp(min=1e-30)).max()
-    want = 0.7 * base.double() + weights.double() @ precise
-    found = []
+    expected = 0.7 * base.double() + weights.double() @ precise
+    actual = []
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.full((m,), torch.nan, device=device, dtype=dtype)
         kernels.combine(rows, weights, base, 0.7, out)
         size = 0.7 * base.double().norm() + (weights.double().abs() * precise.norm(dim=1)).sum()
-        found.append(float((out.double() - want).norm() / size))
-    return float(project), found[0], found[1]
+        actual.append(float((out.double() - expected).norm() / size))
+    return float(project), actual[0], actual[1]

@@ -36,11 +36,11 @@ def seven_billion(setup: Setup) -> Iterator[Row]:
     elements = sum(p.numel() for p in build(sizes, torch.bfloat16, torch.device("meta")).parameters())
     store = store_bytes("packed4", N, [elements])
     free = torch.cuda.mem_get_info(setup.device)[0] if setup.cuda else free_memory()
-    where = "auto" if store + BESIDE * elements < free else "cpu"
-    if where == "cpu" and store > 0.9 * free_memory():
+    location = "auto" if store + BESIDE * elements < free else "cpu"
+    if location == "cpu" and store > 0.9 * free_memory():
         yield Row("Llama 7 B", f"skipped: a store of {gigabytes(store)} fits neither the GPU nor host memory")
         return
-    settings = {"store": "packed4", "store_device": where}
+    settings = {"store": "packed4", "store_device": location}
     yield from _measured(setup, "7 B", sizes, torch.bfloat16, 1, settings)
     yield _ordinary(setup, "7 B", sizes, torch.bfloat16, 1)
 
@@ -59,7 +59,7 @@ def build(sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> nn
 def _measured(
     setup: Setup, name: str, sizes: dict[str, int], dtype: torch.dtype, batch: int, settings: dict[str, Any]
 ) -> Iterator[Row]:
-    what = f"Llama {name}, average of {N}, {', '.join(f'{key}: {value}' for key, value in settings.items())}"
+    label = f"Llama {name}, average of {N}, {', '.join(f'{key}: {value}' for key, value in settings.items())}"
     model = build(sizes, dtype, setup.device)
     with synthetic(model, N) as candidates:
         twa = twa_scale.attach(model, candidates, {"coding": "center", **settings})
@@ -76,16 +76,16 @@ def _measured(
         parts = twa.cost(1)
         detail = ", ".join(f"{part} {milliseconds(parts[part]['seconds'])}" for part in ("project", "combine"))
         measured = f"{tokens / seconds:,.0f} tokens/s, {milliseconds(seconds)} a step, {detail}, {_peak(setup)}"
-        yield Row(what, measured)
+        yield Row(label, measured)
     except torch.OutOfMemoryError:
-        yield Row(what, "does not fit on this GPU")
+        yield Row(label, "does not fit on this GPU")
     finally:
         twa.close()
         _free(setup)
 
 
 def _ordinary(setup: Setup, name: str, sizes: dict[str, int], dtype: torch.dtype, batch: int) -> Row:
-    what = f"Llama {name}, AdamW(fused=True)"
+    label = f"Llama {name}, AdamW(fused=True)"
     try:
         model = build(sizes, dtype, setup.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -96,9 +96,9 @@ def _ordinary(setup: Setup, name: str, sizes: dict[str, int], dtype: torch.dtype
 
         work, tokens = working(setup, model, dtype, batch, step)
         seconds = setup.seconds(work, STEPS)
-        return Row(what, f"{tokens / seconds:,.0f} tokens/s, {milliseconds(seconds)} a step, {_peak(setup)}")
+        return Row(label, f"{tokens / seconds:,.0f} tokens/s, {milliseconds(seconds)} a step, {_peak(setup)}")
     except torch.OutOfMemoryError:
-        return Row(what, "does not fit on this GPU")
+        return Row(label, "does not fit on this GPU")
     finally:
         _free(setup)
 

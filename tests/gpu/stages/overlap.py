@@ -33,8 +33,8 @@ def run(setup: Setup) -> Iterator[Row]:
                 model(x).square().mean().backward()
                 model.zero_grad()
 
-        nothing = setup.seconds(without)
-        yield Row("forward and backward, twice", milliseconds(nothing))
+        empty = setup.seconds(without)
+        yield Row("forward and backward, twice", milliseconds(empty))
         taken: dict[str, float] = {}
         for device in ("auto", "cpu"):
             for combine in ("step", "forward"):
@@ -43,15 +43,15 @@ def run(setup: Setup) -> Iterator[Row]:
                 with synthetic(model, N) as candidates:
                     twa = twa_scale.attach(model, candidates, config)
                 step = stepping(model, twa, x)
-                what = f"store_device: {device}, combine: {combine}"
-                taken[what] = setup.seconds(step)
+                name = f"store_device: {device}, combine: {combine}"
+                taken[name] = setup.seconds(step)
                 trace = beside(kernels(setup, step))
                 twa.close()
                 ok = None
                 if combine == "forward" and setup.cuda:
-                    ok = taken[what] <= 1.02 * taken[f"store_device: {device}, combine: step"]
-                more = f"{taken[what] / nothing - 1:+.1%} of forward and backward"
-                yield Row(what, f"{milliseconds(taken[what])}, {more}; {trace}", "forward no slower than step", ok)
+                    ok = taken[name] <= 1.02 * taken[f"store_device: {device}, combine: step"]
+                more = f"{taken[name] / empty - 1:+.1%} of forward and backward"
+                yield Row(name, f"{milliseconds(taken[name])}, {more}; {trace}", "forward no slower than step", ok)
 
 
 def stepping(model: nn.Module, twa: twa_scale.TrainableAverage, x: Tensor) -> Callable[[], None]:
@@ -76,12 +76,12 @@ def kernels(setup: Setup, work: Callable[[], object]) -> dict[Any, Times]:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    found: dict[Any, Times] = {}
+    actual: dict[Any, Times] = {}
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             times = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
-            found.setdefault(event["args"].get("stream"), []).append(times)
-    return found
+            actual.setdefault(event["args"].get("stream"), []).append(times)
+    return actual
 
 
 def beside(streams: dict[Any, Times]) -> str:
@@ -90,7 +90,7 @@ def beside(streams: dict[Any, Times]) -> str:
         return "no kernels in the trace"
     busy = {stream: merged(times) for stream, times in streams.items()}
     main = max(busy, key=lambda stream: length(busy[stream]))
-    others = merged([times for stream, found in busy.items() if stream != main for times in found])
+    others = merged([times for stream, actual in busy.items() if stream != main for times in actual])
     pause = busy[main][-1][1] - busy[main][0][0] - length(busy[main])
     hidden = length(intersection(busy[main], others)) / length(others) if others else 0.0
     return (
@@ -103,18 +103,18 @@ def merged(times: Sequence[tuple[float, float]]) -> Times:
     """Return the same moments without overlaps."""
     ordered = sorted(times)
     ends = list(accumulate((end for _, end in ordered), max))
-    found: Times = []
+    actual: Times = []
     for (start, _), end in zip(ordered, ends, strict=True):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], end
+        if actual and start <= actual[-1][1]:
+            actual[-1] = actual[-1][0], end
         else:
-            found.append((start, end))
-    return found
+            actual.append((start, end))
+    return actual
 
 
 def intersection(one: Times, other: Times) -> Times:
-    cut = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
-    return [(start, end) for start, end in cut if start < end]
+    part = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
+    return [(start, end) for start, end in part if start < end]
 
 
 def length(times: Times) -> float:

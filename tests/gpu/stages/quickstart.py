@@ -29,8 +29,8 @@ def run(setup: Setup) -> Iterator[Row]:
         "training the candidates, loss", f"{first:.3f} to {last:.3f}", "lower", None if setup.tiny else last < first
     )
     summary = train(config)
-    found = {"average": summary["evaluation"], **summary["comparison"]}
-    losses = {name: value for name, metrics in found.items() for key, value in metrics.items() if key.endswith("loss")}
+    actual = {"average": summary["evaluation"], **summary["comparison"]}
+    losses = {name: value for name, metrics in actual.items() for key, value in metrics.items() if key.endswith("loss")}
     measured = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     better = losses["average"] <= losses["center"]
     yield Row("validation loss", measured, "average no worse than center", None if setup.tiny else better)

@@ -46,14 +46,14 @@ class Setup:
 
     def seconds(self, work: Callable[[], object], times: int = 10) -> float:
         """Return the median of several calls; two calls before compile, and touch memory."""
-        found: list[float] = []
+        actual: list[float] = []
         for _ in range(2 + self.size(times, 1)):
             self.wait()
             start = time.perf_counter()
             work()
             self.wait()
-            found.append(time.perf_counter() - start)
-        return sorted(found[2:])[len(found[2:]) // 2]
+            actual.append(time.perf_counter() - start)
+        return sorted(actual[2:])[len(actual[2:]) // 2]
 
     def device_seconds(self, work: Callable[[], object], times: int = 10) -> float:
         """Return the median by events of the GPU, which leave out what the host takes to launch the first kernel."""
@@ -67,8 +67,8 @@ class Setup:
             last.record()
             events.append((first, last))
         self.wait()
-        found: list[float] = sorted(first.elapsed_time(last) / 1e3 for first, last in events[2:])
-        return found[len(found) // 2]
+        actual: list[float] = sorted(first.elapsed_time(last) / 1e3 for first, last in events[2:])
+        return actual[len(actual) // 2]
 
 
 Stage = Callable[[Setup], Iterator[Row]]

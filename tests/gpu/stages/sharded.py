@@ -37,20 +37,20 @@ def run(setup: Setup) -> Iterator[Row]:
 def compared(device: torch.device, scratch: Path, want: Trained) -> Iterator[Row]:
     """Train with every library, in the process group that there is."""
     for kind in KINDS:
-        what = f"{kind}, {dist.get_world_size()} rank{'s' * (dist.get_world_size() > 1)}"
+        label = f"{kind}, {dist.get_world_size()} rank{'s' * (dist.get_world_size() > 1)}"
         if kind == "fairscale" and device.type == "cpu":
-            yield Row(what, "its forward pass needs a GPU")
+            yield Row(label, "its forward pass needs a GPU")
             continue
         try:
-            found = trained(wrap(build().to(device), kind), device, scratch)
+            actual = trained(wrap(build().to(device), kind), device, scratch)
         except Exception as error:  # each library is tried
             first_line = str(error).strip().partition("\n")[0]
-            yield Row(what, f"{type(error).__name__}: {first_line[:150]}", ok=False)
+            yield Row(label, f"{type(error).__name__}: {first_line[:150]}", ok=False)
             continue
-        error_of = {name: float((found[name] - value).norm() / value.norm()) for name, value in want.items()}
+        error_of = {name: float((actual[name] - value).norm() / value.norm()) for name, value in want.items()}
         worst = max(error_of, key=lambda name: error_of[name])
         measured = f"{error_of[worst]:.1e} ({worst or 'coefficients'})"
-        yield Row(what, measured, f"error up to {TOLERANCE:.0e}", error_of[worst] <= TOLERANCE)
+        yield Row(label, measured, f"error up to {TOLERANCE:.0e}", error_of[worst] <= TOLERANCE)
 
 
 def reference(scratch: Path) -> Trained:

@@ -42,11 +42,11 @@ def rank_of(rank: int, device_name: str, folder_name: str) -> None:
     """Do what one rank does. The first writes rows as it finds them."""
     torch.set_num_threads(1)
     device, folder = torch.device(device_name), Path(folder_name)
-    want = reference(folder)
-    backend, why = connected(rank, device, folder)
-    rows = [Row("backend of two ranks on one device", backend, why)]
+    expected = reference(folder)
+    backend, reason = connected(rank, device, folder)
+    rows = [Row("backend of two ranks on one device", backend, reason)]
     with (folder / "rows").open("a") if rank == 0 else open("/dev/null", "a") as file:  # noqa: PTH123
-        for row in (*rows, *compared(device, folder, want)):
+        for row in (*rows, *compared(device, folder, expected)):
             file.write(json.dumps(asdict(row)) + "\n")
             file.flush()
     dist.destroy_process_group()

@@ -27,7 +27,7 @@ def run(setup: Setup) -> Iterator[Row]:
     adamw = setup.seconds(optimizer_of(sizes, setup.device).step)
     yield Row("AdamW(fused=True)", milliseconds(adamw))
     for store in ("packed4", "packed8"):
-        for what, parts in (("", sizes), (", as one tensor", [total])):
+        for name, parts in (("", sizes), (", as one tensor", [total])):
             update = Update(store, parts, setup.device)
             seconds = setup.seconds(update)
             start = time.perf_counter()
@@ -35,7 +35,7 @@ def run(setup: Setup) -> Iterator[Row]:
             launched = time.perf_counter() - start
             setup.wait()
             measured = f"{milliseconds(seconds)}, {seconds / adamw:.2f} of AdamW, host {milliseconds(launched)}"
-            yield Row(f"`{store}`, whole update{what}", measured, "no slower than AdamW", seconds <= adamw)
+            yield Row(f"`{store}`, whole update{name}", measured, "no slower than AdamW", seconds <= adamw)
             del update
 
 

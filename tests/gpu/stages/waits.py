@@ -45,19 +45,19 @@ def candidates(n: int = N, width: int = WIDTH, blocks: int = BLOCKS) -> list[dic
 def run(setup: Setup) -> Iterator[Row]:
     with alone(setup):
         for kind, settings in (("plain", SETTINGS), ("FSDP2", SETTINGS | FORWARD)):
-            for what, changed in settings.items():
+            for name, changed in settings.items():
                 model = build(setup.device, sharded=kind == "FSDP2")
                 twa = twa_scale.attach(model, candidates(), {"store": "packed4", **changed})
                 x = torch.randn(8, WIDTH, device=setup.device)
-                found = []
+                actual = []
                 for _ in range(3):
                     backward = waits(setup, lambda: model(x).square().mean().backward())  # noqa: B023
-                    found.append((backward, waits(setup, twa.step)))
+                    actual.append((backward, waits(setup, twa.step)))
                     twa.zero_grad()
                 twa.close()
-                in_backward, in_step = found[-1]
+                in_backward, in_step = actual[-1]
                 measured = f"{in_backward} in forward and backward, {in_step} in the step"
-                yield Row(f"{kind}, {what}", measured, "0, 1", found[-1] == (0, 1) if setup.cuda else None)
+                yield Row(f"{kind}, {name}", measured, "0, 1", actual[-1] == (0, 1) if setup.cuda else None)
 
 
 def waits(setup: Setup, work: Callable[[], object]) -> int:
