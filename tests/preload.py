@@ -4,10 +4,15 @@ A worker that imports DeepSpeed or compiles a kernel does so for itself alone, w
 Nothing here may start a thread: a forked process has only the thread that called fork.
 """
 
+import fcntl
 import gc
 import importlib
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -58,10 +63,19 @@ def compile_kernels() -> None:
         kernels.combine(deltas, torch.ones(3), torch.zeros(5), 1.0, torch.empty(5))
 
 
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Wait while another server compiles: what it has compiled is only loaded then."""
+    with (Path(tempfile.gettempdir()) / f"twa_scale-compile-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 torch.set_num_threads(1)
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
 for module in MODULES:
     importlib.import_module(module)
-compile_kernels()
+with one_at_a_time():
+    compile_kernels()
 gc.collect()
 gc.freeze()  # what is here stays: the collector of a worker need not look at it

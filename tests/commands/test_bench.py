@@ -89,6 +89,7 @@ def measure_on_a_rank() -> int:
         return run_bench(["packed4"], 1000, 2, None, "torch", CPU).elements
 
 
+@pytest.mark.slow
 def test_all_ranks_make_equally_many_calls(ranks: Pool) -> None:
     assert ranks(measure_on_a_rank, 2) == [1000, 1000]
 

@@ -194,6 +194,7 @@ def load(directory: Path) -> dict[str, Any]:
     return {"weights": full, "moments": moments, "step": content["step"]}
 
 
+@pytest.mark.slow
 def test_fsdp2_resumes_from_the_average_on_another_number_of_ranks(ranks: Pool, working_directory: Path) -> None:
     ranks(save_steps, 3, directory=working_directory)
     average_fixed(["step-*"], "average", format="same")

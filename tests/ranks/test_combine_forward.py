@@ -127,7 +127,7 @@ MODES = [
     ("unused", 2),
     ("compiled-after", 2),
 ]
-LONG = ["fsdp2-tp", "compiled-after", "checkpoint", "unused", "resharded"]
+LONG = ["fsdp2-tp", "compiled-after", "checkpoint", "unused", "resharded", "bf16", "kept"]
 
 
 @pytest.mark.parametrize(("mode", "size"), rest_slow(MODES, lambda mode, _: mode not in LONG))

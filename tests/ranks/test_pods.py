@@ -36,7 +36,7 @@ LAYOUTS: dict[str, list[tuple[str, int]]] = {  # engine and ranks of every pod
     "uneven": [("fsdp2", 1), ("fsdp2", 2)],
     "mixed": [("plain", 1), ("ddp", 1), ("fsdp2", 2)],
 }
-SLOW = {"2 x 2 ddp", "3 x 1 plain", "3 x 1 fsdp2", "mixed"}
+SLOW = {"2 x 2 ddp", "3 x 1 plain", "3 x 1 fsdp2", "mixed", "uneven"}
 RUNS = {
     "normalized": Run({"groups": "block"}, steps=5),
     "orthonormal": Run(
@@ -214,6 +214,7 @@ def train_rounded(dtype: RowDtype) -> tuple[dict[str, Tensor], list[bool]]:
     return weights, [torch.equal(value, trained[name]) for name, value in cases.gathered(model).items()]
 
 
+@pytest.mark.slow
 def test_rounded_gradients_of_rows_train_nearly_the_same(ranks: Pool) -> None:
     exact, _ = ranks(train_rounded, 4, dtype="float32")[0]
     for dtype, error in (("bfloat16", 1e-4), ("int8", 1e-3)):

@@ -105,7 +105,7 @@ PLACES = [
     ("zero2", 3, "orthonormal"),
     ("zero3", 3, "normalized"),
 ]
-SHOWN_QUICKLY = [PLACES[0], *PLACES[2:5], ("fsdp1", 2, "orthonormal"), ("zero1", 2, "pca"), ("zero3", 3, "normalized")]
+SHOWN_QUICKLY = [PLACES[0], *PLACES[2:5], ("zero1", 2, "pca"), ("zero3", 3, "normalized")]
 
 
 @pytest.mark.parametrize(("engine", "size", "basis"), rest_slow(PLACES, lambda *place: place in SHOWN_QUICKLY))
@@ -151,7 +151,7 @@ def test_named_weights_are_not_rounded_to_the_default_type(dtype: torch.dtype) -
     """A third has more bits than float32. Coefficients that are those of the center show its exact weights."""
     model = nn.Linear(300, 5)
     states = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(3)]
-    twa = twa_scale.attach(model, states, {"store": "packed1", "center": "mean"})
+    twa = twa_scale.attach(model, states, {"store": "packed4", "center": "mean"})
     center = cases.gathered(model)
     torch.set_default_dtype(dtype)
     try:
@@ -189,7 +189,11 @@ def fail_at_the_end(engine: str) -> tuple[str, dict[str, Tensor], dict[str, Tens
 
 
 @pytest.mark.parametrize(
-    ("engine", "size"), [("fsdp2", 2), ("ddp", 3), ("fsdp1", 2), ("zero3", 2), ("plain", 2), ("hsdp", 4)]
+    ("engine", "size"),
+    rest_slow(
+        [("fsdp2", 2), ("ddp", 3), ("fsdp1", 2), ("zero3", 2), ("plain", 2), ("hsdp", 4)],
+        lambda engine, _: engine in ("fsdp2", "ddp", "zero3"),
+    ),
 )
 def test_an_error_at_the_end_of_the_block_is_that_of_all_ranks(ranks: Pool, engine: str, size: int) -> None:
     for messages, before, after in ranks(fail_at_the_end, size, engine=engine):

@@ -100,7 +100,7 @@ NOT_THERE = {  # what torch or the library itself cannot do
     "zero3": ["compiled-before"],
 }
 # To compile takes seconds. zero3 takes half a minute: DeepSpeed's hooks break the graph at every module.
-QUICK_TO_COMPILE = {"compiled-before": ["plain", "fsdp2", "zero1"], "compiled-after": ["plain", "ddp", "fsdp1-flat"]}
+QUICK_TO_COMPILE = {"compiled-before": ["fsdp2", "zero1"], "compiled-after": ["plain", "fsdp1-flat"]}
 TRIED = {  # every engine with what a script may use on any of them: once with its prefix, once without a gradient
     "checkpoint-wrapper": ["plain", "ddp", "fsdp2", "fsdp1-flat", "zero2"],
     "checkpoint": ["fsdp2-tp", "fsdp1", "sharded-ddp", "zero1", "zero3"],

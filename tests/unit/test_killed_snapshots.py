@@ -87,7 +87,7 @@ def three(tmp_path: Path) -> Path:
     return tmp_path / "start"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("life", [save_fourth, save_fourth_asynchronously])
 def test_a_step_is_written_and_the_oldest_deleted_or_neither(three: Path, life: Life, number: signal.Signals) -> None:
     actual = []
