@@ -1,4 +1,4 @@
-"""Adapters that PEFT itself makes and writes, of a tiny GPT-2."""
+"""Create small PEFT adapters of a tiny GPT-2 and write them with PEFT."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ MODULES = ["c_attn", "wte"]
 
 
 def base() -> Any:
-    """The same base model each time."""
+    """Return the base model. It is the same at every call."""
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 40, "n_positions": 16}
     special = {"bos_token_id": 0, "eos_token_id": 0}
@@ -31,7 +31,7 @@ def base() -> Any:
 
 
 def adapted(config: PeftConfig | None = None, seed: int = 0, **lora: Any) -> Any:
-    """A PeftModel whose trainable tensors are random: LoRA with these settings, unless `config` says what else."""
+    """Return a PeftModel with random trainable tensors: LoRA with these settings, or the adapter of `config`."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": MODULES, "fan_in_fan_out": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -45,7 +45,7 @@ def adapted(config: PeftConfig | None = None, seed: int = 0, **lora: Any) -> Any
 
 
 def experts(seed: int, **lora: Any) -> Any:
-    """A mixture of four experts, stacked in one tensor, with LoRA on that, unless `lora` has other parameters."""
+    """Return a mixture of four experts in one tensor, with LoRA on that tensor unless `lora` is different."""
     settings = {"target_parameters": ["mlp.experts.gate_up_proj"], **lora}
     model = get_peft_model(mixture(), LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def experts(seed: int, **lora: Any) -> Any:
 
 
 def mixture() -> Any:
-    """The base model of `experts`."""
+    """Return the base model of `experts`."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 40}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
@@ -64,7 +64,7 @@ def mixture() -> Any:
 
 
 def save(model: Any, path: Path) -> str:
-    """Write the adapter as PEFT does, and return its directory."""
+    """Write the adapter with PEFT and return its directory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(str(path), save_embedding_layers=False)
@@ -72,7 +72,7 @@ def save(model: Any, path: Path) -> str:
 
 
 def load(path: str | Path, trainable: bool = False, base: Callable[[], Any] = base) -> Any:
-    """The base model with the adapter of a directory, as PEFT loads it; nothing may be missing or left over."""
+    """Return the base model with the adapter of a directory, loaded by PEFT. No tensor may be missing or unexpected."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(base(), str(path), is_trainable=trainable)
@@ -80,7 +80,7 @@ def load(path: str | Path, trainable: bool = False, base: Callable[[], Any] = ba
 
 
 def updates(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    """s B A of every module, in float64, as PEFT would add it to the base weight."""
+    """Return s B A of every module in float64, as PEFT adds it to the base weight."""
     return {
         name: module.double().get_delta_weight(adapter).detach()
         for name, module in model.named_modules()
@@ -89,12 +89,12 @@ def updates(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
 
 
 def weighted(parts: Sequence[Mapping[str, Tensor]], a: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted sum of updates."""
+    """Return the weighted sum of updates."""
     return {name: sums.weighted(a, (part[name] for part in parts)) for name in parts[0]}
 
 
 def logits(model: nn.Module) -> Tensor:
-    """What the model computes, without dropout."""
+    """Return the logits of the model without dropout."""
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Models of transformers at tiny size, by the kind of their head: what docs/architectures.md lists as tried."""
+"""Tiny transformers models, grouped by head. docs/reference/architectures.md lists them."""
 
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ _DEEP_PATCHES = {**_PATCHES, "deepstack_visual_indexes": [0]}
 
 
 class Architecture(NamedTuple):
-    """A class of transformers and the settings that make it small."""
+    """A transformers class and the settings of a small model."""
 
     kind: str
     config: str

@@ -1,4 +1,4 @@
-"""Fixtures that every test can ask for."""
+"""Fixtures of all tests."""
 
 import os
 from collections.abc import Generator, Iterator
@@ -10,13 +10,13 @@ import torch
 from tests.old_torch import why_not
 from tests.pool import Pool
 
-pytest.register_assert_rewrite("tests.chaos.works")  # so that its assertions show values
-torch.set_num_threads(1)  # on tensors this small, more threads only cost
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start: idle threads spin
+pytest.register_assert_rewrite("tests.chaos.works")  # assertions of these modules show values
+torch.set_num_threads(1)  # for tensors of this size more threads only take time
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in processes that tests start, because idle threads spin
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Have one process run all tests of a file, which share fixtures, unless they say another group.
+    """Run all tests of a file, which share fixtures, in one process, unless they name another group.
 
     Later hooks are too late: pytest-xdist reads the groups in the first of its own.
     """
@@ -26,7 +26,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Skip a test that asks for what the oldest supported torch cannot do."""
+    """Skip a test that needs what the oldest supported torch lacks."""
     report = yield
     if report.failed and (reason := why_not(f"{report.longreprtext}\n{report.capstdout}\n{report.capstderr}")):
         report.outcome = "skipped"
@@ -44,14 +44,14 @@ def ranks() -> Iterator[Pool]:
 
 @pytest.fixture
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Be in an empty directory."""
+    """Change to an empty directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def nobody() -> Iterator[None]:
-    """Be another user, whom permissions bind; root they do not."""
+    """Change to a user whose permissions are checked, unlike those of root."""
     if os.geteuid():
         yield
         return

@@ -1,4 +1,4 @@
-"""Rows and stores with deltas in them, made as attaching makes them: of candidates."""
+"""Rows and stores with the deltas of candidates, made as `attach` makes them."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,16 +15,16 @@ CPU = torch.device("cpu")
 
 
 def fill(store: Store, span: Span, candidates: Tensor, cuts: Sequence[int] = ()) -> None:
-    """Have the store hold candidates (n, m) around their mean, given in parts that end at `cuts`."""
+    """Fill the store with candidates (n, m) around their mean, given in parts that end at `cuts`."""
     target, n = store.reserve(span), len(candidates)
     for low, high in pairwise([0, *cuts, len(span)]):
         part = candidates[:, low:high].clone()
         store.kernels.make_deltas(part, [1 / n] * n, target, low)
-        part.fill_(torch.nan)  # the caller uses its memory again
+        part.fill_(torch.nan)  # the caller reuses its memory
 
 
 def packed(values: Tensor, bits: int, kernels: Kernels, start: int = 0, device: torch.device = CPU) -> Packed:
-    """Return the codes of deltas (n, m): those of n candidates around one of zeros, whose row is then left out."""
+    """Return the codes of deltas (n, m): those of n candidates around one of zeros, whose row is omitted."""
     n, m = values.shape
     rows = Packed.empty(n + 1, m, start, bits, device)
     kernels.make_deltas(torch.cat([values, torch.zeros(1, m)]), [0.0] * n + [1.0], Target(rows=rows), 0)

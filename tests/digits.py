@@ -1,4 +1,4 @@
-"""The digits of scikit-learn, read without importing it: that takes more than a second in every process."""
+"""Read the digits of scikit-learn without importing it, which takes more than a second in each process."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run by the tests as `python -m tests.end_while_writing DIRECTORY`: two ranks that end while a snapshot is written.
+"""End two ranks while a snapshot is written: `python -m tests.end_while_writing DIRECTORY`. Tests start it.
 
 Prints a line `MODE:CODES` with the exit codes of the ranks for each way to end.
 """
@@ -29,7 +29,7 @@ def run(rank: int, mode: str, directory: Path) -> None:
         if mode == f"kill-{rank}":
             os.kill(os.getpid(), signal.SIGKILL)
         dist.destroy_process_group()
-    # the thread begins to write only now, and the program is at its end
+    # the thread starts to write only now, when the program ends
 
 
 def main() -> None:

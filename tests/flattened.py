@@ -1,4 +1,4 @@
-"""The judged model in flat parameters (FSDP1), and with whole tensors dealt out to the ranks (fairscale)."""
+"""The test model in flat parameters (FSDP1), and with whole tensors assigned to ranks (fairscale)."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn, optim
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 ENGINES = ["fsdp1", "fsdp1-flat", "sharded-ddp"]
-OUTSIDE = "blocks.1.norm2.bias"  # trained, but the user's optimizer does not know it
+OUTSIDE = "blocks.1.norm2.bias"  # trained, but not known to the user's optimizer
 
 
 def wrap(model: Any, engine: str) -> nn.Module:
-    """Hand the judged model over.
+    """Wrap the test model.
 
     FSDP1 cannot flatten a parameter of shape (), nor a frozen one with others when it drops the original parameters.
     """
@@ -25,7 +25,7 @@ def wrap(model: Any, engine: str) -> nn.Module:
 
 
 def hold(module: nn.Module, engine: str, **options: Any) -> nn.Module:
-    """Wrap any module; fairscale gets buckets that hold small tensors only."""
+    """Wrap any module. Buckets of fairscale hold small tensors only."""
     if engine != "sharded-ddp":
         fixed: dict[str, Any] = {"use_orig_params": engine == "fsdp1", "device_id": torch.device("cpu")}
         return FullyShardedDataParallel(module, **(fixed | options))
@@ -40,11 +40,11 @@ def hold(module: nn.Module, engine: str, **options: Any) -> nn.Module:
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters by their plain names, as FSDP1 gathers them; what it has gathered before counts."""
+    """Return whole parameters by their plain names, as FSDP1 gathers them."""
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         return {plain(name): p.detach().clone() for name, p in model.named_parameters()}
 
 
 def plain(name: str) -> str:
-    """The name in the model that was wrapped."""
+    """Return the name in the model before it was wrapped."""
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")

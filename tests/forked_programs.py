@@ -1,4 +1,4 @@
-"""Run by the tests as `python -m tests.forked_programs PROGRAM ARGUMENTS`: a program that starts many others.
+"""Run a program that starts many others: `python -m tests.forked_programs PROGRAM ARGUMENTS`. Tests start it.
 
 Each `subprocess.run([sys.executable, ...])` of the program is a fork of this process, which has imported torch and
 transformers once: the import takes longer than what most programs do. Nothing here may start a thread.
@@ -34,7 +34,7 @@ def run_program(words: list[str]) -> None:
 
 
 def fork(command: list[str], check: bool = False, **_: Any) -> "subprocess.CompletedProcess[str]":
-    """Take the place of `subprocess.run` for commands that begin with this Python."""
+    """Replace `subprocess.run` for commands that begin with this Python."""
     assert command[0] == sys.executable, command
     sys.stdout.flush()
     child = os.fork()

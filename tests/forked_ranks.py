@@ -1,4 +1,4 @@
-"""Ranks that are forks of this process, which has imported what they need: imports take longer than small trainings."""
+"""Start ranks as forks of this process, which has imported what they need."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from twa_scale.ranks.destroying import destroy_process_group
 
 
 def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> None:
-    """Call `function(*arguments)` on `size` ranks of a gloo group that meets through a file, as torchrun starts them.
+    """Call `function(*arguments)` on `size` ranks of a gloo group with a file rendezvous, as torchrun does.
 
     If a rank fails, the others are ended, and this program exits. Nothing before may start a thread.
     """

@@ -1,4 +1,4 @@
-"""What Triton compiles the GPU kernels to, for processors that this machine does not have.
+"""Compile the GPU kernels with Triton for processors that this machine does not have.
 
 `python -m tests.gpu_code` prints the registers and instructions of each kernel, and the share of a card's bandwidth
 that they allow.
@@ -42,7 +42,7 @@ OF_SLOTS = 0.8
 
 @dataclass(frozen=True)
 class Card:
-    """What decides the speed of a card: bytes a second, multiprocessors, and clocks a second under load."""
+    """The properties that determine the speed of a GPU: bytes per second, multiprocessors, and clock rate."""
 
     target: str
     bandwidth: float
@@ -87,25 +87,25 @@ class Kernel:
 
     @property
     def elements(self) -> int:
-        """Elements of a program."""
+        """The elements of a program."""
         tile = TILE if self.store in _VALUES else BLOCKS[self.bits] * (16 // self.bits)
         return tile * self.shape.tiles
 
     @property
     def row_bytes(self) -> float:
-        """Bytes of one row of a program."""
+        """The bytes of one row of a program."""
         if self.store in _VALUES:
             return self.elements * (4 if self.store == "dense32" else 2)
         return self.elements * (self.bits / 8 + 2 / BLOCKS[self.bits])
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of a program beside the rows: the gradient; or the center, and weights in bfloat16."""
+        """The bytes of a program besides the rows: the gradient; or the center, and weights in bfloat16."""
         return self.elements * (4 if self.operation == "project" else 6)
 
     @property
     def bytes_in_flight(self) -> float:
-        """Bytes of rows that a multiprocessor waits for: as many programs as registers allow, at most 32."""
+        """The bytes of rows in flight per multiprocessor: as many programs as registers allow, at most 32."""
         programs = min(32, 65536 // (32 * -(-self.registers // 8) * 8))
         return programs * self.shape.rows * self.row_bytes
 
@@ -143,19 +143,19 @@ class Kernel:
 
     @property
     def spilled(self) -> int:
-        """Registers (AMD) or bytes (NVIDIA) that went to memory; scalar registers of AMD go to vector registers."""
+        """The spilled registers (AMD) or bytes (NVIDIA). Scalar registers of AMD are spilled to vector registers."""
         if self.target.startswith("gfx"):
             return sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", self.text)))
         return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", self._usage)))
 
     @property
     def wide_loads(self) -> int:
-        """Loads of 16 bytes a lane."""
+        """The number of loads of 16 bytes per lane."""
         return len(re.findall(r"LDG\.E\S*\.128|global_load_dwordx4|buffer_load_dwordx4", self.text))
 
     @property
     def loop(self) -> Counter[str]:
-        """Instructions of the loop over rows of programs whose tiles are all full (NVIDIA)."""
+        """The number of instructions of the loop over rows, for full tiles (NVIDIA)."""
         lines = self.text.splitlines()
         labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*\.?(\.L_x?_?\w+):", line))}
         bodies = [
@@ -166,12 +166,12 @@ class Kernel:
         return _opcodes(max(bodies, key=len))
 
     def slots(self, n: int) -> float:
-        """Issue slots of a program of n rows (NVIDIA)."""
+        """The number of issue slots of a program of n rows (NVIDIA)."""
         rest = sum(_opcodes(self.text.splitlines()).values()) - sum(self.loop.values())
         return rest + n * sum(self.loop.values()) / self.shape.rows
 
     def share(self, card: "Card", n: int) -> float:
-        """Return the predicted share of the card's bandwidth: what memory or what the issue of instructions allows."""
+        """Return the predicted share of the GPU's bandwidth, limited by memory or by the issue of instructions."""
         nbytes = n * self.row_bytes + self.fixed_bytes
         memory = nbytes * card.multiprocessors * card.clock / card.bandwidth
         return memory / max(memory / OF_MEMORY, self.slots(n) / 4 / OF_SLOTS)

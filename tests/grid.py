@@ -1,4 +1,4 @@
-"""Cases of many options, of which `make test` runs a part and `make test-all` all.
+"""Cases of many options. `make test` runs a part of them and `make test-all` runs all.
 
 `grid` marks all but those in which every pair of options occurs; `rest_slow` all but those that it is told.
 """
@@ -17,7 +17,7 @@ def grid(
     options: Callable[..., Iterable[str]] | None = None,
     group: Callable[..., str] | None = None,
 ) -> list[Any]:
-    """Return the cases for `parametrize`. Those that no pair of options needs get the mark `grid`.
+    """Return the cases for `parametrize`. Cases that are not needed to cover all pairs of options have the mark `grid`.
 
     Args:
         cases: the values of one case each, in an order that does not change.
@@ -37,7 +37,7 @@ def grid(
 
 
 def rest_slow(cases: Iterable[Case], kept: Callable[..., bool]) -> list[Any]:
-    """Return the cases for `parametrize`. Those for which `kept` of their values is false get the mark `slow`.
+    """Return the cases for `parametrize`. Those for which `kept` returns false have the mark `slow`.
 
     Unlike those marked `grid`, `.ci/run` runs them. What is kept has to show each kind of case once.
     """
@@ -50,11 +50,13 @@ def rest_slow(cases: Iterable[Case], kept: Callable[..., bool]) -> list[Any]:
 
 
 def covering(cases: Sequence[Sequence[str]]) -> set[int]:
-    """Return indices of cases that have every pair of options that any case has: of each step, the case with most."""
+    """Return indices of cases that cover every pair of options. Each step adds the case with most new pairs."""
     pairs = [set(combinations(sorted(set(options)), 2)) for options in cases]
     missing, chosen = set[tuple[str, str]]().union(*pairs), set[int]()
     while missing:
-        best = max(range(len(cases)), key=lambda k: len(pairs[k] & missing))  # the first of the best: always the same
+        best = max(
+            range(len(cases)), key=lambda k: len(pairs[k] & missing)
+        )  # the first of the best, so that the result is always the same
         chosen.add(best)
         missing -= pairs[best]
     return chosen

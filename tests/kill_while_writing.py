@@ -40,7 +40,7 @@ def write(out: Path, generation: int) -> None:
 
 
 def read(out: Path) -> int:
-    """Return the generation that every file of an output is of."""
+    """Return the generation of an output, which all of its files have."""
     index = json.loads((out / "model.safetensors.index.json").read_text())
     actual = [load_file(out / file)[name] for name, file in index["weight_map"].items()]
     (generation,) = {value for tensor in actual for value in tensor.tolist()}
@@ -63,7 +63,7 @@ def write_for_ever(out: Path, first: int, mode: str, ready: Connection) -> None:
     if mode == "between":
         Path.rename = die_after(Path.rename)  # type: ignore[assignment, method-assign]
     for generation in count(first):
-        ready.send(generation)  # what is published is this one, or the one before
+        ready.send(generation)  # the published generation is this one or the previous one
         write(out, generation)
 
 

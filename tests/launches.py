@@ -1,4 +1,4 @@
-"""How many kernels a step launches for a 70B Llama on 64 ranks, with each engine: `python -m tests.launches`.
+"""The number of kernel launches of a step for a 70B Llama on 64 ranks, with each engine: `python -m tests.launches`.
 
 The time between launches is what many small tensors cost. docs/performance.md has the table.
 """
@@ -24,7 +24,7 @@ BESIDE = 4
 
 
 def llama(width: int, inner: int, layers: int, key_value: int, vocabulary: int) -> list[list[Shape]]:
-    """Return the shapes of each unit that FSDP gathers: the blocks, then the rest."""
+    """Return the shapes of each unit that FSDP gathers: the blocks, then the other tensors."""
     attention: list[Shape] = [(width, width), (key_value, width), (key_value, width), (width, width)]
     block = [*attention, (inner, width), (inner, width), (width, inner), (width,), (width,)]
     return [block] * layers + [[(vocabulary, width), (width,), (vocabulary, width)]]
@@ -35,13 +35,13 @@ LLAMA_70B = [shape for unit in UNITS for shape in unit]
 
 
 def rows_of(shape: Shape, rank: int, ranks: int) -> int:
-    """Return the elements of a rank where whole rows are dealt out, as FSDP2 does."""
+    """Return the elements of a rank if whole rows are distributed, as in FSDP2."""
     start, stop = share(shape[0], rank, ranks)
     return (stop - start) * prod(shape[1:])
 
 
 def spans(engine: str, rank: int = RANKS // 2) -> list[tuple[int, int]]:
-    """Return (start in its tensor, elements) of what a rank owns."""
+    """Return (start in its tensor, elements) of the spans that a rank owns."""
     match engine:
         case "FSDP2":
             starts = [share(shape[0], rank, RANKS)[0] * prod(shape[1:]) for shape in LLAMA_70B]
@@ -59,7 +59,7 @@ ENGINES = ("FSDP2", "DDP, ZeRO-3", "FSDP1, fairscale FSDP", "ZeRO-1, ZeRO-2")
 
 
 def _flat(shapes: Sequence[Shape], rank: int) -> Iterator[tuple[int, int]]:
-    """Yield what a rank's equal part of tensors that are laid end to end covers of each."""
+    """Yield the elements of each tensor in a rank's equal part of their concatenation."""
     sizes = [prod(shape) for shape in shapes]
     low, high = share(sum(sizes), rank, RANKS)
     for size, end in zip(sizes, accumulate(sizes), strict=True):

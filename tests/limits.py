@@ -1,4 +1,4 @@
-"""Disks that are full: a limit on the size of files, and a small file system in memory."""
+"""Full disks: a limit on the size of files, and a small file system in memory."""
 
 import resource
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond `size` bytes."""
+    """Limit the files of this process to `size` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -22,7 +22,7 @@ def files_up_to(size: int) -> Iterator[None]:
 
 @contextmanager
 def small_disk(directory: Path, size: int) -> Iterator[Path]:
-    """Make a directory that is a file system of its own, of `size` bytes; skip the test where nobody may mount."""
+    """Create a directory that is a file system of `size` bytes. Skip the test if this user may not mount."""
     directory.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
     made = subprocess.run(command, capture_output=True, check=False)
@@ -35,5 +35,5 @@ def small_disk(directory: Path, size: int) -> Iterator[Path]:
 
 
 def resize(disk: Path, size: int) -> None:
-    """Give a small disk another size."""
+    """Change the size of a small file system."""
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)

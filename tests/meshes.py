@@ -1,4 +1,4 @@
-"""The judged model on meshes of two dimensions: replicas of shards (HSDP), and tensor parallelism under FSDP2."""
+"""The test model on meshes of two dimensions: replicas of shards (HSDP), and tensor parallelism with FSDP2."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ TP = "tp"
 
 
 def mesh_of(engine: str) -> DeviceMesh:
-    """All ranks in the shape that the engine needs, two in the last dimension where their number is even."""
+    """Return all ranks in the shape that the engine needs. The last dimension has size 2 if their number is even."""
     forget_sharding()
     size = dist.get_world_size()
     match engine:
@@ -38,7 +38,7 @@ def mesh_of(engine: str) -> DeviceMesh:
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split along every kind of dimension, by every style; norm1 and the stem stay ordinary parameters.
+    """Split along every dimension with every style. norm1 and the stem remain ordinary parameters.
 
     The heads of a fused projection do not lie in its rows one after the other: attention gets it whole.
     """
@@ -61,23 +61,23 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def along_the_sequence(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Hand each rank its part of the tokens (uneven ones), as a sequence-parallel norm expects them."""
+    """Give each rank its part of the tokens (of different sizes), as a sequence-parallel norm expects them."""
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(1)])
 
 
 def last_dimension(parameter: nn.Parameter) -> Shard:
-    """For FSDP2's shard_placement_fn: columns where they go evenly into two, else rows."""
+    """For FSDP2's shard_placement_fn: split columns if their number is even, otherwise rows."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return Shard(local.ndim - 1 if local.shape[-1] % 2 == 0 else 0)
 
 
 def data_ranks(engine: str, size: int) -> int:
-    """How many of `size` ranks see data of their own."""
+    """Return how many of `size` ranks see different data."""
     return 1 if engine == "tp" else size // 2 if engine.endswith("-tp") else size
 
 
 def data_place(model: nn.Module, rank: int, size: int) -> tuple[int, int]:
-    """Which of how many parts of the data a rank sees: tensor-parallel ranks see the same."""
+    """Return which part of the data a rank sees, and their number. Tensor-parallel ranks see the same part."""
     for p in model.parameters():
         if isinstance(p, DTensor) and TP in (p.device_mesh.mesh_dim_names or ()):
             combined = p.device_mesh[TP].size()

@@ -1,4 +1,4 @@
-"""The judged model: every kind of tensor that averaging has to get right, in a few thousand numbers.
+"""The test model: every kind of tensor that averaging must support, in a few thousand parameters.
 
 A convolution with BatchNorm, two transformer blocks, an embedding tied to the head, a frozen tensor, a parameter
 of shape (), and tensors with fewer rows than three ranks.
@@ -18,18 +18,18 @@ from tests import flattened, meshes, zero
 VOCAB, WIDTH, LENGTH, PIXELS, CHANNELS = 11, 8, 5, 6, 3
 NUM_CANDIDATES = 4
 FROZEN = "stem.gain"
-EQUAL = "blocks.0.norm1.bias"  # the same values in every candidate, so all its deltas are zero
-TINY = "embed_mix.rows"  # two rows: fewer than three ranks
+EQUAL = "blocks.0.norm1.bias"  # the same values in every candidate, so that all deltas are zero
+TINY = "embed_mix.rows"  # two rows, fewer than three ranks
 SCALAR = "embed_mix.scale"
-# fully_shard of torch 2.6 shards no scalar, and cannot leave it out.
+# fully_shard of torch 2.6 cannot shard scalars, and cannot exclude them.
 SCALAR_SHAPE: tuple[int, ...] = () if "ignored_params" in signature(fully_shard).parameters else (1,)
-PATTERNS = [r"^stem\.", r"^blocks\.\d\.(qkv|out)", r"norm"]  # leaves "rest": the embedding, the mlp, the mix
+PATTERNS = [r"^stem\.", r"^blocks\.\d\.(qkv|out)", r"norm"]  # the group "rest" has the embedding, the mlp and the mix
 
 Batch = dict[str, Tensor]
 
 
 class Stem(nn.Module):
-    """A picture becomes one token."""
+    """Maps an image to one token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Mix(nn.Module):
-    """A scalar, and a tensor of two rows: how much the picture says to the text."""
+    """A scalar and a tensor of two rows that weight the image in the text."""
 
     def __init__(self, scalar_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Mix(nn.Module):
 
 
 class Judged(nn.Module):
-    """Next-token prediction of a text that goes with a picture."""
+    """Next-token prediction of a text with an image."""
 
     def __init__(self, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> None:
         super().__init__()
@@ -97,12 +97,12 @@ class Judged(nn.Module):
 
 
 def build(seed: int = 0, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> Judged:
-    """The model in float32, with the same values everywhere for the same seed."""
+    """Return the model in float32. The same seed gives the same values on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Judged(scalar_shape)
         for name, p in model.named_parameters():
-            if p.dim() < 2 or name in (TINY, FROZEN):  # norms and biases leave their special values 0 and 1
+            if p.dim() < 2 or name in (TINY, FROZEN):  # norms and biases do not keep their initial values 0 and 1
                 p.data += 0.3 * torch.randn_like(p)
     return model
 
@@ -110,7 +110,7 @@ def build(seed: int = 0, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> Judged
 def candidates(
     n: int = NUM_CANDIDATES, size: float = 0.05, scalar_shape: tuple[int, ...] = SCALAR_SHAPE
 ) -> list[dict[str, Tensor]]:
-    """n state dicts around one base; every tensor but EQUAL differs from it by about `size` relative.
+    """Return n state dicts around one base. Every tensor but EQUAL differs from it by about `size`, relatively.
 
     Each candidate has its own amount of noise and of a shared drift: that keeps the eigenvalues of their Gram matrix
     apart.
@@ -139,7 +139,7 @@ def candidates(
 
 
 def batch(step: int, size: int = 12) -> Batch:
-    """The data of one step, over all ranks: `size` pictures (2, 6, 6) and texts of 6 tokens."""
+    """Return the data of one step of all ranks: `size` images (2, 6, 6) and texts of 6 tokens."""
     generator = torch.Generator().manual_seed(1000 + step)
     return {
         "image": torch.randn(size, 2, PIXELS, PIXELS, generator=generator),
@@ -148,12 +148,12 @@ def batch(step: int, size: int = 12) -> Batch:
 
 
 def part(data: Batch, rank: int, size: int) -> Batch:
-    """The rows of a batch that rank `rank` of `size` sees."""
+    """Return the rows of a batch for rank `rank` of `size`."""
     return {key: value.tensor_split(size)[rank] for key, value in data.items()}
 
 
 def loss(model: nn.Module, data: Batch) -> Tensor:
-    """Mean cross entropy over all tokens; pictures are cast to the type of the model that is asked."""
+    """Return the mean cross entropy over all tokens. Images are cast to the type of the model."""
     dtype = next(p.dtype for p in model.parameters())
     logits = model(data["image"].to(dtype), data["text"][:, :-1])
     return F.cross_entropy(
@@ -162,7 +162,7 @@ def loss(model: nn.Module, data: Batch) -> Tensor:
 
 
 def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
-    """Hand the model to an engine: `plain`, `ddp`, `fsdp2`, or one of tests.meshes, tests.zero or tests.flattened.
+    """Wrap the model with an engine: `plain`, `ddp`, `fsdp2`, or one of tests.meshes, tests.zero or tests.flattened.
 
     FSDP2 cannot shard a parameter of shape (), and the statistics of BatchNorm need float32.
     """

@@ -1,4 +1,4 @@
-"""What PyTorch 2.6 lacks on CPUs: stand-ins for it, and the reasons of skips."""
+"""Replacements for what PyTorch 2.6 lacks on CPUs, and the reasons of skips."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 OLD = torch.__version__ < "2.7"
 ALONE: dict[str, Any] = {} if OLD else {"no_dist": True}
 """What `torch.distributed.checkpoint` is told where there is one process."""
-# Its own words for what it does not do, all of which are in a failure, and the reason of the skip.
+# Its error messages for what it does not support. A failure that contains all of one is skipped with the reason.
 _LACKS = {
     ("FSDP+TP sharding does not support uneven sharding",): "fully_shard refuses uneven shards of shards",
     ("fully_shard() got an unexpected keyword argument 'ignored_params'",): "fully_shard ignores no parameters",
@@ -31,13 +31,13 @@ _LACKS = {
 
 
 def why_not(failure: str) -> str | None:
-    """Return why this version of torch cannot do what a test asks for, if its failure says so; else None."""
+    """Return the reason why this version of torch does not support a test, if its failure shows one, or None."""
     actual = [reason for words, reason in _LACKS.items() if all(word in failure for word in words)]
     return f"torch {torch.__version__}: {actual[0]}" if actual and OLD else None
 
 
 def train_fsdp2_on_cpus() -> None:
-    """Let `fully_shard` of torch 2.6 train on a CPU, as later versions do."""
+    """Make `fully_shard` of torch 2.6 train on a CPU, as later versions do."""
     if not OLD or hasattr(torch.cpu.Stream, "record_event"):
         return
     copy = torch.split_with_sizes_copy
@@ -48,7 +48,7 @@ def train_fsdp2_on_cpus() -> None:
         for tensor, version in zip(out, before, strict=True):
             torch._C._autograd._unsafe_set_version_counter(tensor, version)  # type: ignore[arg-type]
 
-    # Gloo has no mean: it returned the sum.
+    # Gloo had no mean and returned the sum.
     setattr(_fsdp_collectives, "_get_gradient_divide_factors", lambda *groups_and_type: (1.0, _ranks(*groups_and_type)))  # noqa: B010
     setattr(torch, "split_with_sizes_copy", copy_and_keep_versions)  # noqa: B010
     setattr(torch.cpu.Stream, "record_event", lambda self, event=None: event or torch.cpu.Event())  # noqa: B010
@@ -60,8 +60,10 @@ def _ranks(shards: dist.ProcessGroup, replicas: dist.ProcessGroup | None, dtype:
 
 
 def forget_sharding() -> None:
-    """Clear what DTensor remembers of meshes."""
-    from torch.distributed.tensor import debug  # here: it imports torch._dynamo, which few programs of tests need
+    """Clear the caches of DTensor for meshes."""
+    from torch.distributed.tensor import (
+        debug,
+    )  # imported here, because it imports torch._dynamo, which few test programs need
 
     if hasattr(debug, "_clear_sharding_prop_cache"):
         debug._clear_sharding_prop_cache()

@@ -1,4 +1,4 @@
-"""A pool of rank processes that lives as long as the test session: real process groups, without paying for start-up.
+"""A pool of rank processes for the whole test session, with real process groups and without start-up time.
 
 Each call runs one module-level function on ranks 0..size-1 in a fresh gloo group of exactly that size, which meets
 through a file. Workers are forked from a server that has imported torch, DeepSpeed and the kernels once (preload.py).
@@ -31,20 +31,20 @@ from twa_scale.ranks.destroying import KEPT, destroy_process_group
 PRELOAD = ["tests.pool", "tests.preload"]
 MAX_RANKS = 4
 MAX_THREADS = 100  # of a worker
-GRACE = 10.0  # seconds the other ranks have to come back after the first one raised
+GRACE = 10.0  # seconds that the other ranks have to return after the first one raised
 
 
 class RanksDisagree(AssertionError):
-    """Some ranks raised, and others did not or raised something else."""
+    """Some ranks raised an error, and others did not or raised another one."""
 
 
 class RanksHang(AssertionError):
-    """Ranks that had to be killed because they did not come back in time."""
+    """Ranks were killed because they did not return in time."""
 
 
 @dataclass
 class Outcome:
-    """What one rank came back with: a value, or an error and its traceback."""
+    """The result of one rank: a value, or an error and its traceback."""
 
     value: Any = None
     error: BaseException | None = None
@@ -89,7 +89,7 @@ class Pool:
         raise first.error
 
     def error(self, function: Callable[..., Any], world_size: int, **kwargs: Any) -> TwaError:
-        """Return the TwaError that every rank raised: same class, same message."""
+        """Return the TwaError that every rank raised, with the same class and message."""
         try:
             values = self(function, world_size, **kwargs)
         except TwaError as error:
@@ -99,7 +99,7 @@ class Pool:
     def outcomes(
         self, function: Callable[..., Any], world_size: int, *, timeout: float = 60.0, **kwargs: Any
     ) -> list[Outcome]:
-        """Run and return what each rank came back with, whatever it was."""
+        """Run, and return the outcome of each rank."""
         self._start(world_size)
         self._calls += 1
         store = str(Path(self._directory.name) / f"store-{self._calls}")
@@ -110,7 +110,7 @@ class Pool:
         return self._collect(workers, time.monotonic() + timeout)
 
     def close(self) -> None:
-        """Kill the workers and forget their files."""
+        """Kill the workers and delete their files."""
         self._kill()
         self._directory.cleanup()
 
@@ -165,10 +165,10 @@ class Pool:
 
 
 def _num_threads(worker: Worker) -> int:
-    """Count the threads: three for each group that a cache of torch or DeepSpeed keeps. One of them hardly sleeps."""
+    """Return the number of threads. Caches of torch or DeepSpeed keep three for each group."""
     try:
         return len(os.listdir(f"/proc/{worker.process.pid}/task"))  # noqa: PTH208
-    except FileNotFoundError:  # it has died, as who reads from it will see
+    except FileNotFoundError:  # the process has ended, which the reader notices
         return 0
 
 
@@ -189,7 +189,7 @@ def _where(rank: int, worker: Worker) -> str:
 
 
 def _work(pipe: Connection, stack: str) -> None:
-    """The life of a worker: take a call, run it in a group of its own, send what came of it."""
+    """Run a worker: receive a call, run it in a new group, and send the result."""
     torch.set_num_threads(1)
     train_fsdp2_on_cpus()
     with Path(stack).open("w") as file:
@@ -205,7 +205,7 @@ def _work(pipe: Connection, stack: str) -> None:
                 result = pickle.dumps(outcome)
             except Exception as error:
                 result = pickle.dumps(Outcome(error=RuntimeError(f"the result cannot be pickled: {error}")))
-            pipe.send_bytes(result)  # as bytes: `send` would share each tensor by a file of its own, kept open
+            pipe.send_bytes(result)  # as bytes, because `send` would share each tensor with an open file
 
 
 _LINEAR = torch.nn.functional.linear
@@ -215,7 +215,7 @@ def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     close_at_once = False
     try:
-        dist.barrier()  # a rank that is done at once must not leave while others still connect
+        dist.barrier()  # a rank that is done must not leave while others still connect
         module, name, kwargs = pickle.loads(call)
         return Outcome(value=getattr(importlib.import_module(module), name)(**kwargs))
     except Exception as error:
@@ -223,11 +223,11 @@ def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
         return Outcome(error=_portable(error), trace=traceback.format_exc())
     finally:
         destroy_process_group()
-        if close_at_once:  # or other ranks would wait for this one until their time limit
+        if close_at_once:  # otherwise other ranks would wait for this one until their time limit
             time.sleep(0.1 * bool(KEPT))
             KEPT.clear()
-        forget_sharding()  # DTensor would answer with the equal mesh of a call before, whose groups are gone
-        torch.nn.functional.linear = _LINEAR  # ZeRO-3 leaves one of its own, which inference mode does not know
+        forget_sharding()  # DTensor would reuse the equal mesh of an earlier call, whose groups were destroyed
+        torch.nn.functional.linear = _LINEAR  # ZeRO-3 keeps one, which fails in inference mode
         gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""What rank processes need, loaded once, by the server that the pool forks them from.
+"""Modules that rank processes need, loaded once by the server from which the pool forks them.
 
 A worker that imports DeepSpeed or compiles a kernel does so for itself alone, while the other ranks wait for it.
 Nothing here may start a thread: a forked process has only the thread that called fork.
@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 
 
 def compile_kernels() -> None:
-    """Call the kernels that most rank tests use, so that workers find them compiled and loaded.
+    """Call the kernels that most rank tests use, so that workers have compiled and loaded kernels.
 
     numba keeps the machine code beside the sources. Only the first call after a change in `kernels/` compiles.
     """
@@ -78,4 +78,4 @@ for module in MODULES:
 with one_at_a_time():
     compile_kernels()
 gc.collect()
-gc.freeze()  # what is here stays: the collector of a worker need not look at it
+gc.freeze()  # these objects remain, so the garbage collector of a worker can skip them

@@ -1,4 +1,4 @@
-"""What training an average means, in one process: whole candidates in float64, textbook bases, gradients by autograd.
+"""A reference in one process: whole candidates in float64, textbook bases, and gradients by autograd.
 
 Nothing here is shared with the package: the two only agree when both are right.
 """
@@ -17,12 +17,12 @@ from tests.sums import weighted
 
 State = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Any], Tensor]
-ZERO = 1e-9  # relative size below which a float64 direction is rounding, not information
+ZERO = 1e-9  # relative size below which a float64 direction is only rounding
 
 
 @dataclass
 class Group:
-    """Tensors that share coefficients, as one D-vector: w = origin + vectors @ x, or candidates @ softmax(x)."""
+    """Tensors that share coefficients, of D elements: w = origin + vectors @ x, or candidates @ softmax(x)."""
 
     name: str
     shapes: dict[str, torch.Size]
@@ -35,11 +35,11 @@ class Group:
     rows: dict[str, Tensor]  # for tensors whose rows have corrections: k x rows, trained
 
     def flat(self) -> Tensor:
-        """The weights at x, D elements."""
+        """Return the weights at x, D elements."""
         return self.candidates @ self.x.softmax(0) if self.convex else self.origin + self.vectors @ self.x
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights at x, by tensor name."""
+        """Return the weights at x by tensor name."""
         sizes = [shape.numel() for shape in self.shapes.values()]
         pieces = dict(zip(self.shapes, self.flat().split(sizes), strict=True))
         for name, vectors in zip(self.shapes, self.vectors.split(sizes), strict=True):
@@ -50,7 +50,7 @@ class Group:
         return {name: piece.view(self.shapes[name]) for name, piece in pieces.items()}
 
     def coefficients(self) -> Tensor:
-        """a of w = sum_i a_i w_i, n elements; NaN when dependent candidates leave the choice open."""
+        """Return the coefficients a of w = sum_i a_i w_i, n elements; NaN if dependent candidates allow several."""
         a = _solve(self.candidates, self.flat().detach())
         return a if a is not None else torch.full((self.candidates.shape[1],), torch.nan, dtype=torch.float64)
 
@@ -68,7 +68,7 @@ class Trained:
 def train(
     model: nn.Module, loss: Loss, candidates: Sequence[State], config: Mapping[str, Any], steps: Sequence[Any]
 ) -> Trained:
-    """Train the average of `candidates` on `steps`, each a list of micro-batches whose mean loss is the step's loss.
+    """Train the average of `candidates` on `steps`. Each is a list of micro-batches whose mean loss is the step's loss.
 
     `config` holds the keys of TwaConfig. `model` gives the architecture; it is left in float64 with the last values.
     """
@@ -136,7 +136,7 @@ def _add(gradients: dict[str, Tensor], name: str, gradient: Tensor) -> None:
 
 
 class Scored(nn.Module):
-    """A model and its loss as one module, so that functional_call can put weights into it as "model.NAME"."""
+    """A model and its loss as one module, so that functional_call can set the weights as "model.NAME"."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -171,18 +171,18 @@ def _group(name: str, members: list[str], candidates: Sequence[State], b: Tensor
     x = torch.linalg.lstsq(vectors, (start - origin)[:, None]).solution[:, 0] if vectors.numel() else vectors[0].clone()
     rows = {}
     if str(config.get("groups")).endswith("+row"):
-        # All matrices of the judged model have their rows in the first dimension, its convolution, too.
+        # All matrices of the test model have their rows in the first dimension, also its convolution.
         counts = {m: shape[0] for m, shape in shapes.items() if len(shape) > 1 and shape[0] > 1}
         rows = {m: torch.zeros(len(x), count, dtype=torch.float64, requires_grad=True) for m, count in counts.items()}
     return Group(name, shapes, w, b, origin, vectors, False, x.requires_grad_(), rows)
 
 
 def _schmidt(w: Tensor) -> Tensor:
-    """Gram-Schmidt on the columns, in order (TWA, ICLR 2023, Algorithm 1); dependent columns give no direction."""
+    """Orthogonalize the columns in order (TWA, ICLR 2023, Algorithm 1). Dependent columns give none."""
     actual: list[Tensor] = []
     for column in w.T:
         rest = column.clone()
-        for _ in range(2):  # the second pass takes away what rounding left of the first
+        for _ in range(2):  # the second pass removes the rounding errors of the first
             for direction in actual:
                 rest = rest - (direction @ rest) * direction
         if rest.norm() > 1e-7 * column.norm():
@@ -191,14 +191,14 @@ def _schmidt(w: Tensor) -> Tensor:
 
 
 def _principal(w: Tensor, keep: int | None) -> Tensor:
-    """Leading left singular vectors of the mean-centered candidates (DLDR, arXiv 2103.11154)."""
+    """Return the leading left singular vectors of the mean-centered candidates (DLDR, arXiv 2103.11154)."""
     u: Tensor
     u, s, _ = torch.linalg.svd(w - w.mean(dim=1, keepdim=True), full_matrices=False)
     return u[:, s > ZERO * w.norm() + 1e-7 * s.max()][:, :keep]
 
 
 def _solve(w: Tensor, target: Tensor) -> Tensor | None:
-    """The a with w @ a = target, when there is one and no other."""
+    """Return the unique a with w @ a = target, or NaN."""
     s = torch.linalg.svdvals(w)
     if w.shape[0] < w.shape[1] or s[-1] < 1e-6 * s[0]:
         return None
@@ -247,7 +247,7 @@ def center_weights(center: Any, n: int) -> Tensor:
             b = [0.0] * n
             b[_index(center)] = 1.0
         case "linear":
-            b = [1.0] * n  # a rate that falls by the same amount at every candidate
+            b = [1.0] * n  # a rate that decreases by the same amount at every candidate
         case "minus-sqrt":
             b = [((i + 1) / n) ** 0.5 - (i / n) ** 0.5 for i in range(n)]  # rate 1 - sqrt(t)
         case str():

@@ -1,4 +1,4 @@
-"""The directory of a run that has begun, made without training."""
+"""The directory of a run that has started, created without training."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A CUDA device without a GPU: tensors that say that they are on it, streams and events.
+"""A simulated CUDA device: tensors that report this device, streams and events.
 
 Their memory is the CPU's, and every operation is computed at once, in the order of the program, so results are right.
 What a GPU would do otherwise is recorded: how often the host waits for the device, how many kernels are launched, and
@@ -26,7 +26,7 @@ _Clock = Counter[str]
 
 
 class Memory:
-    """What happened to one piece of memory last: which operation wrote it, and which have read it since."""
+    """The last write of a piece of memory, and the reads since then."""
 
     def __init__(self, device: "Simulated", owner: str) -> None:
         self.device = device
@@ -35,7 +35,7 @@ class Memory:
         self._read: dict[str, int] = {}
 
     def access(self, stream: str, at: int, clock: _Clock, what: str, *, write: bool) -> None:
-        """Note an operation, and that nothing orders it after one that it depends on."""
+        """Record an operation, and whether nothing orders it after one that it depends on."""
         before = dict([self._written] if self._written else [])
         if write:
             before |= self._read
@@ -48,7 +48,7 @@ class Memory:
             self._read[stream] = at
 
     def __del__(self) -> None:
-        """Freed memory is given to later work of the stream that took it: other streams must be done with it."""
+        """The stream that allocated the memory may reuse it, so other streams must have finished with it."""
         last = dict([self._written] if self._written else []) | self._read
         clock = self.device.clock_of(self._owner)
         for other, tick in last.items():
@@ -89,7 +89,7 @@ def _to_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class Stream:
-    """What `torch.cuda.Stream` is to us."""
+    """A replacement for `torch.cuda.Stream`."""
 
     def __init__(self, simulated: "Simulated", name: str) -> None:
         self._simulated = simulated
@@ -112,7 +112,7 @@ class Stream:
 
 
 class Event:
-    """What `torch.cuda.Event` is to us. Everything has always happened when it is asked."""
+    """A replacement for `torch.cuda.Event`. Everything has always completed when it is queried."""
 
     def __init__(self, simulated: "Simulated", **_: object) -> None:
         self._simulated = simulated
@@ -179,7 +179,7 @@ class Simulated(TorchDispatchMode):
         return made
 
     def lock(self, address: int, nbytes: int, tensor: Tensor | None = None) -> None:
-        """Page-lock memory; that of `tensor` is not reused, since copies may be under way."""
+        """Page-lock memory. That of `tensor` is not reused, because copies may be in progress."""
         self._locked[address] = (address + nbytes, tensor)
 
     def unlock(self, address: int) -> None:
@@ -189,7 +189,7 @@ class Simulated(TorchDispatchMode):
         return any(low <= tensor.data_ptr() < high for low, (high, _) in self._locked.items())
 
     def copied(self, far: Far, *, waits: bool) -> None:
-        """Note a copy to the host."""
+        """Record a copy to the host."""
         self._launch("copy to the host", [far.memory], [])
         if waits:
             self.host_waits(self.current.clock, "copy to the host")
@@ -198,13 +198,13 @@ class Simulated(TorchDispatchMode):
         return self.run(function, args, kwargs or {})
 
     def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Compute an operation, and note what it is to the device."""
+        """Compute an operation, and record its effect on the device."""
         fars = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Far)]
         away = torch.device(kwargs["device"]).type == "cuda" if kwargs.get("device") else bool(fars)
         near_args, near_kwargs = tree_map_only(Far, lambda far: far.near, (args, kwargs))
         on_cpu = {"device": torch.device("cpu")} if kwargs.get("device") else {}
         out = function(*near_args, **{**near_kwargs, **on_cpu})
-        known = {id(far.near): far for far in fars}  # what is changed in place is returned as it came
+        known = {id(far.near): far for far in fars}  # in-place operations return their argument
         positions = {far.near.untyped_storage().data_ptr(): far.memory for far in fars if far.nbytes}
         made: list[Memory] = []
 
@@ -259,7 +259,7 @@ class Simulated(TorchDispatchMode):
     def _memory(self, tensor: Tensor) -> Memory:
         if isinstance(tensor, Far):
             return tensor.memory
-        if not self.locked(tensor):  # copies from other memory are over before the host goes on
+        if not self.locked(tensor):  # copies from other memory complete before the host continues
             return Memory(self, _HOST)
         return self._host_memory.setdefault(tensor.untyped_storage().data_ptr(), Memory(self, _HOST))
 
@@ -271,14 +271,14 @@ def _pinned(device: Simulated, tensor: Tensor) -> Tensor:
 
 
 def _tensor(make: Any, data: Any, *, device: Any = None, **options: Any) -> Tensor:
-    """Do what `torch.tensor` does; it moves what it has made past all modes."""
+    """Do what `torch.tensor` does, which moves its result without calling modes."""
     made: Tensor = make(data, **options)
     return made if device is None else made.to(device)
 
 
 @contextmanager
 def simulated() -> Iterator[Simulated]:
-    """Make torch think that it has the device, for what this project asks of `torch.cuda`."""
+    """Simulate the device in torch, for the functions of `torch.cuda` that this project uses."""
     device = Simulated()
     stands_in = {
         "_lazy_init": lambda: None,

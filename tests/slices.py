@@ -1,4 +1,4 @@
-"""Candidates as tests read them: opened alone, a slice at a time, or refused."""
+"""Read candidates in tests: a slice at a time, or with the error that they raise."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor
 
 
 def refused(path: Path) -> str:
-    """Return the error that opening, or else reading every tensor, ends in."""
+    """Return the error of opening a candidate or of reading all of its tensors."""
     with pytest.raises(CandidateError) as error:
         candidate = opened(path)
         for name in candidate.names():

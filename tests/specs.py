@@ -1,4 +1,4 @@
-"""What candidates that a user names stand for."""
+"""The candidates that a user's paths stand for."""
 
 import pytest
 
@@ -8,13 +8,13 @@ from twa_scale.errors import CandidateError
 
 
 def found(spec: object) -> tuple[list[str], list[str]]:
-    """The paths that are found, and what is said."""
+    """Return the paths, and the messages."""
     messages: list[str] = []
     return [str(path) for path in find_sources(spec, 1, messages.append)], messages  # type: ignore[arg-type]
 
 
 def refused(spec: object) -> str:
-    """What is said where they are refused."""
+    """Return the error message of refused paths."""
     with pytest.raises(CandidateError) as error:
         open_candidates(spec, minimum=1)  # type: ignore[arg-type]
     return str(error.value)

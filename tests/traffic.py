@@ -1,4 +1,4 @@
-"""Every byte that ranks exchange, counted: a backend for process groups that notes each call and hands it to gloo.
+"""A backend for process groups that counts all bytes that ranks exchange, and forwards each call to gloo.
 
 Ranks reach each other only through the backend of a group, whoever calls it: Python, C++ (DDP's reducer) or functional
 collectives. A kind of call that is not listed here has nowhere to go and fails, so none is missed.
@@ -26,12 +26,12 @@ class Call:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends along a ring."""
+        """Return the bytes that a rank sends in a ring."""
         part = (len(self.ranks) - 1) / len(self.ranks)
         return part * self.nbytes * (2 if self.name == "allreduce" else 1)
 
     def stays_in(self, *groups: range) -> bool:
-        """Whether all ranks are of one of these groups."""
+        """Return whether all ranks are of one of these groups."""
         return any(set(self.ranks) <= set(group) for group in groups)
 
 
@@ -39,7 +39,7 @@ calls: list[Call] = []
 
 
 class Counted(dist.ProcessGroup):
-    """Gloo, and a list of what it was asked for."""
+    """Gloo with a list of the calls."""
 
     def __init__(self, options: Any, _: object) -> None:
         rank, size = options.group_rank, options.group_size
@@ -85,7 +85,7 @@ for _name in (*GATHERS, *SCATTERS, *OTHERS):
 
 
 def count_from_here(store: str) -> None:
-    """Replace the world of this rank, and all groups made from now on, by counted ones; `store` is a new file."""
+    """Replace the world of this rank and all groups created from now on by counted ones. `store` is a new file."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     if "counted" not in dist.Backend.backend_list:

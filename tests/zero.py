@@ -1,4 +1,4 @@
-"""DeepSpeed engines for tests: ZeRO-1, 2 and 3, in whatever process group the pool has made."""
+"""DeepSpeed engines for tests: ZeRO-1, 2 and 3, in the process group of the pool."""
 
 import os
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ def wrap(
     zero: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """Hand `model` to a DeepSpeedEngine; `settings` and `zero` (of `zero_optimization`) are added to its JSON."""
-    # What launchers set, and DeepSpeed asks for now and then.
+    """Wrap `model` with a DeepSpeedEngine. `settings` and `zero` (of `zero_optimization`) are added to its JSON."""
+    # Launchers set these variables, which DeepSpeed reads.
     device = next(model.parameters()).device
     local_rank = dist.get_rank() if device.index is None else device.index
     os.environ |= {"LOCAL_RANK": str(local_rank), "DS_ACCELERATOR": device.type}
@@ -48,7 +48,7 @@ def wrap(
 
 
 def forget_groups() -> None:
-    """Forget the earlier calls of the pool: DeepSpeed keeps groups beyond their end, and numbers modules on and on."""
+    """Reset global state of earlier calls of the pool: groups that DeepSpeed keeps, and module numbers."""
     import deepspeed
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
@@ -57,16 +57,16 @@ def forget_groups() -> None:
     if getattr(groups, "_made_in", None) is dist.group.WORLD:
         return
     groups._made_in = dist.group.WORLD
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and a minute to compile
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # used for inference only, and compiles for a minute
     deepspeed.comm.comm.cdb = None
     groups._release_process_group_references()
-    # Ranks that took part in other calls than rank 0 would disagree about these.
+    # Ranks that took part in other calls than rank 0 would have different values.
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     Init.param_id = 0
 
 
 def whole(engine: Any) -> dict[str, Tensor]:
-    """Whole parameters as the next forward pass would use them: persistent ones as they stand, others gathered."""
+    """Return whole parameters as the next forward pass uses them: persistent ones unchanged, others gathered."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
     named = dict(engine.module.named_parameters())

@@ -1,1 +1,1 @@
-"""Chaos: damage, kills, full disks and frozen ranks at random places; `make test-chaos` runs all of it."""
+"""Tests that damage files, kill processes, fill disks and freeze ranks at random. `make test-chaos` runs them."""

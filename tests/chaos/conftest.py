@@ -1,4 +1,4 @@
-"""What chaos tests share."""
+"""Fixtures of the chaos tests."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from twa_scale.merge import average_fixed
 
 @pytest.fixture
 def chaos_seed() -> int:
-    """The first seed: the same in each run, unless CHAOS_SEED gives another."""
+    """Return the first seed. It is the same in each run unless CHAOS_SEED is set."""
     return int(os.environ.get("CHAOS_SEED", "1000"))
 
 
@@ -30,7 +30,7 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def works(candidates: str, ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Work]:
-    """All works by name, with what each gives when nothing disturbs it."""
+    """Return all works by name, with their results without disturbance."""
     root = tmp_path_factory.mktemp("undisturbed")
     earlier, first = root / "earlier", root / "first"
     made: dict[str, Work] = {

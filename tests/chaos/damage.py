@@ -1,4 +1,4 @@
-"""Random damage to real files, each repeatable from its seed."""
+"""Damage real files at random, reproducibly from a seed."""
 
 import os
 import random
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _PAGE = 4096
-_HEAD = 2048  # bytes at either end of a file, where headers and directories are: half of the damage is done there
+_HEAD = 2048  # bytes at each end of a file, where headers and directories are; half of the damage is there
 
 
 def _place(raw: bytearray, chance: random.Random) -> int:
@@ -59,7 +59,7 @@ def remove(raw: bytearray, chance: random.Random) -> None:
 
 
 def edit_text(raw: bytearray, chance: random.Random) -> None:
-    """Replace one character of the readable parts by another, as an editor would."""
+    """Replace one character of the readable parts of a file."""
     positions = [i for i in range(min(len(raw), 4 * _HEAD)) if chr(raw[i]).isalnum() or raw[i] in b'{}[]":,']
     if positions:
         raw[chance.choice(positions)] = chance.choice(b'0123456789abcXYZ{}[]":,-.')
@@ -135,7 +135,7 @@ OF_FILES: list[Callable[[Path, Path, random.Random], None]] = [
 
 
 def damage(path: Path, seed: int) -> str:
-    """Damage a file, or one file of a directory, and return what was done."""
+    """Damage a file, or one file of a directory, and return a description of the damage."""
     chance = random.Random(seed)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     file = chance.choice(files)

@@ -1,4 +1,4 @@
-"""Every format that is read, as its own library writes it, and what reading it has to give."""
+"""Every supported format, written by its own library, and the values that reading must return."""
 
 import importlib.util
 import json
@@ -99,7 +99,7 @@ def write_json_settings(path: Path, seed: int) -> None:
 
 
 def read_candidate(path: Path, others: list[Path]) -> Values:
-    """Read all of a candidate, which stands between undamaged ones."""
+    """Read all tensors of a candidate that is opened together with undamaged ones."""
     candidates = open_candidates([others[0], path, others[1]], notify=lambda _: None)
     try:
         return {name: _bytes_of(candidates[1], name) for name in candidates[1].names()}
@@ -123,19 +123,19 @@ def read_state(path: Path, _: list[Path]) -> Any:
 
 
 def read_settings(path: Path, _: list[Path]) -> Any:
-    """Settings have no checksum: what can be promised is that they are valid, or refused."""
+    """Read settings. They have no checksum, so they must be valid or refused."""
     load_config(next(path.glob("x.*"), path / "x.yaml"))
     return None
 
 
 def header_bytes(path: Path) -> int:
-    """Return where the data of a safetensors file begin."""
+    """Return the offset of the data in a safetensors file."""
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
 def stored_bytes(original: Path, damaged: Path, values: Values) -> Values:
-    """Return what `damaged` holds where the tensors of `original` are: the data of safetensors have no checksum."""
+    """Return what `damaged` contains at the tensors of `original`. The data of safetensors has no checksum."""
     actual = dict(values)
     for file in original.glob("*.safetensors"):
         other = damaged / file.name
@@ -152,7 +152,7 @@ def stored_bytes(original: Path, damaged: Path, values: Values) -> Values:
 
 @dataclass(frozen=True)
 class Format:
-    """How to write one, how to read it, and whether a change of data can be seen."""
+    """A format: how to write and read it, and whether a change of its data can be detected."""
 
     write: Callable[[Path, int], None]
     read: Callable[[Path, list[Path]], Any] = read_candidate
@@ -170,5 +170,5 @@ FORMATS = {
     "yaml": Format(write_settings, read_settings),
     "json": Format(write_json_settings, read_settings),
 }
-if importlib.util.find_spec("torch.distributed.checkpoint.hf_storage"):  # torch has it since 2.7
+if importlib.util.find_spec("torch.distributed.checkpoint.hf_storage"):  # since torch 2.7
     FORMATS["dcp-safetensors"] = Format(write_dcp_safetensors, has_checksum=False)

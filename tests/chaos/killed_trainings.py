@@ -1,4 +1,4 @@
-"""Run by the chaos test as `python -m tests.chaos.killed_trainings DIRECTORY SEED`: trainings that are killed.
+"""Run trainings that are killed at random: `python -m tests.chaos.killed_trainings DIRECTORY SEED`.
 
 A Trainer of transformers, one of Lightning and a loop with Accelerate train a small model and keep averages. Each life
 is a fork of this process, which has imported the libraries once, and resumes from the newest checkpoint that is whole.
@@ -31,7 +31,7 @@ LIFE = 60.0
 
 
 def fork(function: Callable[..., Any], *arguments: Any) -> int:
-    """Call a function in a fork of this process; return its number."""
+    """Call a function in a fork of this process and return the process id."""
     sys.stdout.flush()
     if child := os.fork():
         return child
@@ -46,7 +46,7 @@ def fork(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def ended(child: int, seconds: float) -> int | None:
-    """Return the exit code of a fork; None when it lives on after so many seconds."""
+    """Return the exit code of a fork, or None if it still runs after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         number, status = os.waitpid(child, os.WNOHANG)
@@ -57,7 +57,7 @@ def ended(child: int, seconds: float) -> int | None:
 
 
 class Transformers:
-    """A Trainer, whose checkpoints are directories; those are whole that have the state of the averages."""
+    """A training with transformers' Trainer. Complete checkpoints contain the state of the averages."""
 
     def do(self, directory: Path) -> None:
         whole = self.whole(directory)
@@ -70,7 +70,7 @@ class Transformers:
         return sorted(actual, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def kept(self, checkpoint: Path) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
+        """Return the content of a checkpoint."""
         return {
             "weights": load_file(checkpoint / "model.safetensors"),
             "average": load_file(checkpoint / "average/model.safetensors"),
@@ -79,7 +79,7 @@ class Transformers:
         }
 
     def left(self, directory: Path) -> dict[str, Any]:
-        """Return what a training leaves in the end."""
+        """Return the results of a completed training."""
         history = json.loads((self.whole(directory)[-1] / "trainer_state.json").read_text())["log_history"]
         return {
             "learned": load_file(directory / "average/model.safetensors"),
@@ -88,7 +88,7 @@ class Transformers:
 
 
 class Lightning:
-    """One of Lightning, whose checkpoints are files; one that a kill has cut is not whole.
+    """A training with Lightning. A checkpoint that was written when the process was killed is incomplete.
 
     Each step is a batch and an epoch: Lightning itself loses the gradients of an accumulation, and repeats the batches
     of an epoch, within which it resumes.
@@ -120,7 +120,7 @@ class Lightning:
 
 
 class Accelerate:
-    """A loop with Accelerate; it renames the directory of a state when it is whole."""
+    """A training loop with Accelerate. A state directory is renamed when it is complete."""
 
     def do(self, directory: Path) -> None:
         whole = self.whole(directory)
@@ -153,7 +153,7 @@ class Accelerate:
 
 
 def require_same(trainer: Any, directory: Path, undisturbed: Path) -> None:
-    """Check that what was killed has left what the undisturbed training has: nothing is lost, and nothing doubled."""
+    """Check that a killed and resumed training has the results of an undisturbed one."""
     wanted = {checkpoint["name"]: checkpoint for checkpoint in contents(trainer, undisturbed)}
     for checkpoint in contents(trainer, directory):
         for key, value in checkpoint.items():
@@ -163,7 +163,7 @@ def require_same(trainer: Any, directory: Path, undisturbed: Path) -> None:
 
 
 def contents(trainer: Any, directory: Path) -> list[dict[str, Any]]:
-    """Return what whole checkpoints hold. Lightning writes `step=4-v1.ckpt` where a kill has left `step=4.ckpt`."""
+    """Return the content of complete checkpoints. Lightning writes `step=4-v1.ckpt` if `step=4.ckpt` exists."""
     return [
         {"name": path.name.removesuffix(".ckpt").partition("-v")[0], **trainer.kept(path)}
         for path in trainer.whole(directory)
@@ -171,7 +171,7 @@ def contents(trainer: Any, directory: Path) -> list[dict[str, Any]]:
 
 
 def kill_and_resume(trainer: Any, root: Path, chance: random.Random) -> str:
-    """Kill lives at random moments until a training has come to its end; again until there were enough kills."""
+    """Kill processes at random moments until a training completes. Repeat until there were enough kills."""
     began = time.monotonic()
     undisturbed = root / "undisturbed"
     assert ended(fork(trainer.do, undisturbed), LIFE) == 0

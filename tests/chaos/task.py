@@ -1,4 +1,4 @@
-"""The small regression on the digits with a wider layer, so that each phase of a run lasts some milliseconds."""
+"""The regression of the tests with a wider layer, so that each phase of a run takes some milliseconds."""
 
 from torch import nn
 
@@ -6,14 +6,14 @@ from tests.commands.material import Scores
 
 
 class Wide(Scores):
-    """Half a million parameters."""
+    """A model with half a million parameters."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(64, 8000), nn.Tanh(), nn.Linear(8000, 1))
 
 
 def wide() -> Wide:
-    """The import path of this function is what a configuration names."""
+    """Return the task. A configuration names the import path of this function."""
     return Wide()
 
 

@@ -1,4 +1,4 @@
-"""Damaged files of every format: the values that were written, or soon an error that names the file."""
+"""Damaged files of every format are read with the written values, or raise an error that names the file."""
 
 import resource
 import shutil
@@ -18,14 +18,14 @@ from tests.chaos.formats import FORMATS, Format, stored_bytes, write_torch
 from twa_scale.errors import TwaError
 
 DEEPSPEED = ("2/1-bf16", "2/2-fp32", "2/3-fp32")
-QUICK, MANY = 12, 140  # cases of each format
-SECONDS = 20  # that one case may take on a busy machine; it needs some milliseconds
-MEMORY = 2 << 30  # bytes beyond what the process has mapped
+QUICK, MANY = 12, 140  # number of cases of each format
+SECONDS = 20  # time limit in seconds of one case on a busy machine; a case needs some milliseconds
+MEMORY = 2 << 30  # bytes beyond the memory that the process has mapped
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each format as NAME/0, NAME/1 and NAME/2."""
+    """Write each format as NAME/0, NAME/1 and NAME/2."""
     directory = tmp_path_factory.mktemp("formats")
     for name, made in FORMATS.items():
         for seed in range(3):
@@ -65,13 +65,13 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.chaos
 @pytest.mark.parametrize("case", DEEPSPEED)
 def test_much_damage_of_deepspeed(deepspeed: Path, tmp_path: Path, case: str, chaos_seed: int) -> None:
-    """Elements that are only padding are not read, so the CRC of a partition is not always known."""
+    """Padding is not read, so the CRC of a partition is not always checked."""
     made = Format(write_torch, has_checksum=None)
     run(made, deepspeed / case.replace("/", "-"), tmp_path, range(chaos_seed, chaos_seed + MANY))
 
 
 def run(made: Format, originals: Path, directory: Path, seeds: range) -> None:
-    """Damage copies of one original, and read each between two undamaged ones."""
+    """Damage copies of one original, and read each together with two undamaged ones."""
     original, *others = (originals / str(i) for i in range(3))
     expected = made.read(original, others)
     outcomes: Counter[str] = Counter()

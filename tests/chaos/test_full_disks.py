@@ -1,4 +1,4 @@
-"""Disks that are full: an error that names the file, what stood there before, and the right end once there is space."""
+"""A full disk raises an error that names the file and keeps existing files. The work succeeds once there is space."""
 
 import os
 import random
@@ -21,12 +21,12 @@ from twa_scale.errors import OutputError
 CASES = {"run": 4, "continued": 4, "two ranks": 3, "average": 6, "export": 6, "snapshots": 6, "asynchronous": 6}
 """By work, for each way in which a disk is full."""
 RANKS = {"two ranks": 2, "average": 2, "export": 2}
-ENOUGH = 1 << 28  # bytes of a disk that is not full
+ENOUGH = 1 << 28  # size in bytes of a disk that is not full
 
 
 @dataclass
 class Disk:
-    """A directory on a disk that is full, or becomes so."""
+    """A directory on a disk that is full or becomes full."""
 
     directory: Path
     limit: int | None = None
@@ -35,7 +35,7 @@ class Disk:
     filling: threading.Timer | None = None
 
     def relieve(self) -> None:
-        """Make space."""
+        """Free space."""
         self.limit = None
         if self.filling:
             self.filling.join()
@@ -45,13 +45,13 @@ class Disk:
 
 
 def limited(work: Work, root: Path, chance: random.Random, _: float) -> Iterator[Disk]:
-    """Files may grow to a size between one byte and that of the largest one, small ones as likely as large ones."""
+    """Limit the size of files to a random value up to that of the largest file. Small limits are likely."""
     work.prepare(root)
     yield Disk(root, int(max(_sizes(work.whole)) ** chance.random()))
 
 
 def small(work: Work, root: Path, chance: random.Random, _: float) -> Iterator[Disk]:
-    """There is space for a random part of what is to be written."""
+    """Provide space for a random part of the data."""
     with small_disk(root, ENOUGH):
         work.prepare(root / "work")
         resize(root, _used(root) + int(chance.random() * sum(_sizes(work.whole))))
@@ -59,11 +59,11 @@ def small(work: Work, root: Path, chance: random.Random, _: float) -> Iterator[D
 
 
 def filled(work: Work, root: Path, chance: random.Random, seconds: float) -> Iterator[Disk]:
-    """Another process takes all but a random rest of the space at a random moment."""
+    """Let another process fill all but a random rest of the disk at a random moment."""
 
     def fill() -> None:
         free = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
-        with suppress(OSError):  # the work has taken some of it meanwhile
+        with suppress(OSError):  # the work has used some of the space meanwhile
             (root / "other").write_bytes(bytes(max(0, free - rest)))
 
     with small_disk(root, ENOUGH):
@@ -111,7 +111,7 @@ def test_full(ranks: Pool, works: dict[str, Work], tmp_path: Path, name: str, ch
 
 
 def require_named(outcomes: list[Outcome], directory: Path) -> None:
-    """Every rank raises the same error; it names the file, or the output of which it is a part."""
+    """Check that every rank raises the same error, which names the file or its output."""
     for outcome in outcomes:
         assert outcome.same_error(outcomes[0]), outcomes
         assert isinstance(outcome.error, OutputError), outcome.trace

@@ -1,4 +1,4 @@
-"""Trainers of other libraries that are killed at random moments and resume: the same bits as without a kill."""
+"""Trainers of other libraries that are killed at random moments resume with the bits of an undisturbed training."""
 
 import os
 import subprocess

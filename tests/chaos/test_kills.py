@@ -1,4 +1,4 @@
-"""Processes that are killed at random moments: nothing on disk is lost, and the next life ends with the same bits."""
+"""Processes that are killed at random moments lose no files, and a restarted process ends with the same bits."""
 
 import random
 import shutil
@@ -19,7 +19,7 @@ LEAST = 3  # in each phase
 @pytest.mark.chaos
 @pytest.mark.parametrize("name", KILLS)
 def test_killed_at_random_moments(works: dict[str, Work], tmp_path: Path, name: str, chaos_seed: int) -> None:
-    """Each life is killed at a moment of the phase that was hit least; half of the next lives are killed, too."""
+    """Each process is killed in the phase with the fewest kills. Half of the restarted processes are killed, too."""
     work, kills = works[name], KILLS[name]
     started = time.monotonic()
     chance = random.Random(chaos_seed)
@@ -58,7 +58,7 @@ def undisturbed(work: Work, directory: Path) -> dict[str, Usual]:
 
 
 def life(work: Work, directory: Path, moment: Moment) -> str | None:
-    """Return the phase in which a life was killed, or None when it came to its end before."""
+    """Return the phase in which a process was killed, or None if it completed before."""
     before = work.found(directory)
     victim = Victim(work.do, directory, phases=work.phases)
     if not victim.reach(moment):

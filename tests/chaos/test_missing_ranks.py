@@ -1,4 +1,4 @@
-"""Ranks that are frozen or killed at random moments: the others end in time and name them, and nothing is lost."""
+"""If a rank is frozen or killed at a random moment, the others end in time, name it, and lose no files."""
 
 import random
 import signal
@@ -15,8 +15,11 @@ from tests.chaos.works import TrainingOnRanks
 
 TRIALS = {signal.SIGSTOP: 10, signal.SIGKILL: 4}
 AT_ONCE = 3
-TIMEOUT = 6.0  # seconds that ranks wait for each other
-SOON, LATE = 10.0, 30.0  # seconds more until the others have looked for the missing rank; late where it holds the store
+TIMEOUT = 6.0  # time in seconds that ranks wait for each other
+SOON, LATE = (
+    10.0,
+    30.0,
+)  # further seconds until the other ranks have checked the missing rank; it takes longer if that rank has the store
 NAMED, NONE_WAITED, TOO_SLOW = "named", "nobody waited for it any more", "ended before, on a slow machine"
 
 
@@ -50,7 +53,7 @@ def trial(
     usual: list[dict[str, Usual]],
     seed: int,
 ) -> tuple[str, float]:
-    """Return how it went, and the seconds from the signal to the end of the other rank."""
+    """Return the outcome, and the seconds from the signal to the end of the other rank."""
     chance = random.Random(f"{seed} {job}")
     failed_rank = job % 2
     aim = chance.choice(sorted(usual[failed_rank]))

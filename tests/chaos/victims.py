@@ -1,4 +1,4 @@
-"""Processes that are stopped by a signal at a random moment of a phase of their work.
+"""Processes that a signal stops at a random moment of a phase of their work.
 
 They are forked from the server of the pool, which has imported everything. Each tells its phases through a pipe.
 """
@@ -42,12 +42,12 @@ PHASES: dict[str, tuple[Any, str]] = {
 }
 """The function that a process is in during each phase."""
 ELSEWHERE = "elsewhere"
-_LONG = 120.0  # seconds after which a process hangs
+_LONG = 120.0  # time limit of a process in seconds
 
 
 @dataclass
 class Usual:
-    """How often a phase comes in a life that nothing disturbs, and how many seconds it takes."""
+    """How often a phase occurs in an undisturbed process, and its duration in seconds."""
 
     count: int
     seconds: float
@@ -55,7 +55,7 @@ class Usual:
 
 @dataclass
 class Moment:
-    """A moment of a phase: `seconds` after it has begun for the `count`-th time."""
+    """A moment of a phase: `seconds` after its `count`-th start."""
 
     phase: str
     count: int
@@ -63,12 +63,12 @@ class Moment:
 
     @classmethod
     def of(cls, phase: str, usual: Usual, chance: random.Random) -> "Moment":
-        """Draw one, each as likely as any other."""
+        """Draw a moment. All moments are equally likely."""
         return cls(phase, chance.randint(1, usual.count), chance.random() * usual.seconds)
 
 
 class Victim:
-    """A process that calls a function of a module, and tells which of `phases` it enters and leaves."""
+    """A process that calls a function of a module and reports which of `phases` it enters and leaves."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Victim:
         """The error by which it ended itself."""
 
     def reach(self, moment: Moment) -> bool:
-        """Return at that moment; False when the process has ended before."""
+        """Wait for a moment. Return False if the process ended before."""
         while len(self._entered[moment.phase]) < moment.count:
             if not self._hear(_LONG):
                 return False
@@ -100,9 +100,9 @@ class Victim:
         return True
 
     def stop(self, number: signal.Signals) -> str:
-        """Send a signal that nothing outlives or withstands; return the phase that it came in."""
+        """Send a signal that ends or stops the process, and return the phase in which it arrived."""
         assert self._process.pid is not None
-        with suppress(ProcessLookupError):  # it has just come to its end
+        with suppress(ProcessLookupError):  # the process has just ended
             os.kill(self._process.pid, number)
         if number == signal.SIGKILL:
             self._process.join(_LONG)
@@ -111,7 +111,7 @@ class Victim:
         return self._phase
 
     def ended(self, seconds: float = _LONG) -> int | None:
-        """Wait for the end; return the exit code, or None when it did not come within `seconds`."""
+        """Wait for the end. Return the exit code, or None after `seconds`."""
         deadline = time.monotonic() + seconds
         while self._hear(max(0.0, deadline - time.monotonic())):
             pass
@@ -119,17 +119,17 @@ class Victim:
         return self._process.exitcode
 
     def kill(self) -> None:
-        """End it, frozen or not."""
+        """Kill the process, also if it is frozen."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
     def usual(self) -> dict[str, Usual]:
-        """Return what a life has shown that came to its end."""
+        """Return the phases of a process that completed."""
         return {phase: Usual(len(seconds), sum(seconds) / len(seconds)) for phase, seconds in self._seconds.items()}
 
     def _hear(self, seconds: float) -> bool:
-        """Take one message; False when none came within `seconds`, or none will ever come."""
+        """Receive one message. Return False if none arrives within `seconds`, or if the process has ended."""
         try:
             if not self._pipe.poll(seconds):
                 return False
@@ -169,7 +169,7 @@ def _live(
 
 
 def _tell(phase: str, pipe: Connection) -> None:
-    """Have the function of a phase say when it begins and when it ends."""
+    """Make the function of a phase report its start and its end."""
     owner, name = PHASES[phase]
     function = getattr(owner, name)
 

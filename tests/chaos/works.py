@@ -1,4 +1,4 @@
-"""What is cut short at random moments: runs, merges, snapshots; what is on disk then, and what has to be there."""
+"""Interrupted work: runs, merges and snapshots, and the files that must exist afterwards."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ NOTE = "notes.txt"
 
 
 class Work(ABC):
-    """Something that is done in a directory. What cuts it short loses nothing, and doing it again completes it."""
+    """Work in a directory. An interruption loses nothing, and a restart completes the work."""
 
     whole: Path
     """What it gives when nothing disturbs it."""
@@ -41,28 +41,28 @@ class Work(ABC):
 
     @abstractmethod
     def prepare(self, directory: Path) -> None:
-        """Make the directory as it is before."""
+        """Create the directory in its initial state."""
 
     @abstractmethod
     def do(self, directory: Path) -> None:
-        """Do it, on one rank or on those of a pool."""
+        """Do the work on one rank, or on the ranks of a pool."""
 
     @abstractmethod
     def found(self, directory: Path) -> Any:
-        """Return what a reader finds."""
+        """Return the content that a reader finds."""
 
     @abstractmethod
     def check_kept(self, before: Any, directory: Path) -> None:
-        """Assert that all that was found before is there, or what takes its place, and nothing that is half done."""
+        """Check that the previous content or its replacement exists, and no partial output."""
 
     @abstractmethod
     def check_done(self, directory: Path, *, is_full: bool = False) -> None:
-        """Assert that it ended as it does when nothing disturbs it, or at most a disk that was full for a while."""
+        """Check that the result equals that of undisturbed work, except for records lost while the disk was full."""
 
 
 @dataclass
 class OnDisk:
-    """What a reader finds in the output of a run."""
+    """The content that a reader finds in the output of a run."""
 
     step: int
     """That of the state; -1 without one."""
@@ -72,7 +72,7 @@ class OnDisk:
 
 @dataclass
 class Training(Work):
-    """A run from candidates, or from an earlier one of fewer steps whose average is there until the new one is."""
+    """A run from candidates, or one that continues an earlier run with fewer steps and replaces its average."""
 
     candidates: str
     whole: Path
@@ -102,7 +102,7 @@ class Training(Work):
         has_state = any((directory / name).exists() for name in (STATE, PREVIOUS))
         step = load_state(directory).step if has_state else -1
         records = lines(directory) if (directory / "metrics.jsonl").exists() else []
-        # A run that goes on from `step` evaluates there again.
+        # A run that continues from `step` evaluates at that step again.
         kept = [line for line in records if line["step"] < step or (line["step"] == step and "lr" in line)]
         return OnDisk(step, _average(directory / "average"), [json.dumps(line) for line in kept])
 
@@ -122,7 +122,7 @@ class Training(Work):
             [{key: value for key, value in line.items() if key != "seconds"} for line in lines(output)]
             for output in (directory, self.whole)
         )
-        if is_full:  # what could not be written down is lost, and what was is right
+        if is_full:  # records that could not be written are lost; those that were written are correct
             assert [line for line in wanted if line in messages] == messages
         else:
             assert messages == wanted
@@ -132,7 +132,7 @@ class Training(Work):
 
 @dataclass
 class TrainingOnRanks(Training):
-    """The same on ranks that find each other by the variables of a launcher."""
+    """The same on ranks that use the variables of a launcher."""
 
     def do(self, directory: Path) -> None:
         run(validated(RunConfig, self.settings(directory)))
@@ -140,7 +140,7 @@ class TrainingOnRanks(Training):
 
 @dataclass
 class Merge(Work):
-    """`average`, or `export` where there is a run, over an earlier output."""
+    """`average`, or `export` if there is a run, which replaces an earlier output."""
 
     candidates: str
     whole: Path
@@ -176,7 +176,7 @@ class Merge(Work):
 
 @dataclass
 class Snapshotting(Work):
-    """A training of the user's own, which goes on from its last snapshot."""
+    """A training loop with snapshots that continues from the last snapshot."""
 
     whole: Path
     """Of which all snapshots are kept."""
@@ -224,7 +224,7 @@ class Snapshotting(Work):
 
 
 def _average(directory: Path) -> Tensors | None:
-    """Return copies of the tensors: those that `load` returns are the mapped file."""
+    """Return copies of the tensors, because those of `load` are views of the mapped file."""
     return {name: value.clone() for name, value in load(directory).items()} if directory.exists() else None
 
 
@@ -235,7 +235,7 @@ def _same(one: Tensors | None, other: Tensors | None) -> bool:
 
 
 def _board(directory: Path) -> list[tuple[int, float]]:
-    """Return the losses that TensorBoard shows."""
+    """Return the losses in the TensorBoard file."""
     board = EventAccumulator(str(directory / "tensorboard"))
     board.Reload()
     return [(event.step, event.value) for event in board.Scalars("loss")]
@@ -246,6 +246,6 @@ def _names(directory: Path) -> set[str]:
 
 
 def attempt(work: Work, directory: Path, limit: int | None = None) -> None:
-    """Do it in a worker of the pool, whose files may grow to `limit` bytes."""
+    """Do the work in a worker of the pool whose files are limited to `limit` bytes."""
     with nullcontext() if limit is None else files_up_to(limit):
         work.do(directory)

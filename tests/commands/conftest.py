@@ -1,4 +1,4 @@
-"""Candidates, trained once a session, and a shell."""
+"""Candidates that are trained once per session, and a function that runs commands."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from tests.commands import material
 
 @dataclass
 class TrainedCandidates:
-    """A task section, and the glob of candidates that were trained on it."""
+    """A task section, and the pattern of candidates that were trained on it."""
 
     task: dict[str, Any]
     candidates: str
@@ -41,7 +41,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
 
 @dataclass
 class CommandResult:
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -52,7 +52,7 @@ class CommandResult:
 def shell(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., CommandResult]]:
-    """Type a command: `shell("inspect", path, "--json")`, with what the console script does, in this process."""
+    """Run a command in this process, as the console script does: `shell("inspect", path, "--json")`."""
     from twa_scale.cli import main
 
     monkeypatch.setenv("COLUMNS", "200")
@@ -71,7 +71,7 @@ def shell(
 
 @pytest.fixture
 def copied(text: TrainedCandidates, tmp_path: Path) -> TrainedCandidates:
-    """The text candidates where they may be spoiled."""
+    """Return a copy of the text candidates that a test may damage."""
     for path in Path(text.candidates).parent.glob("step-*"):
         (tmp_path / "mine" / path.name).mkdir(parents=True)
         for file in path.iterdir():

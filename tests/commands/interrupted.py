@@ -1,4 +1,4 @@
-"""The small regression, as a task that is asked to stop while it is in use, or that takes its time until it is."""
+"""The regression task of the tests, with a signal during training or with slow steps."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from tests.commands.material import Scores, Tensors
 
 
 class Interrupted(Scores):
-    """Sends a real signal to its own rank at the `call`-th call of a method."""
+    """Sends a signal to its own rank at the `call`-th call of a method."""
 
     def __init__(self, method: str = "", call: int = 1, rank: int = 0, seconds: float = 0.0) -> None:
         super().__init__()
@@ -42,5 +42,5 @@ class Interrupted(Scores):
 
 
 def scores(method: str = "", call: int = 1, rank: int = 0, seconds: float = 0.0) -> Interrupted:
-    """A signal at a call; every step lasts `seconds` more, until the job is in its second life."""
+    """Return the task with a signal at a call. Each step of the first process takes `seconds` longer."""
     return Interrupted(method, call, rank, 0.0 if "SLURM_RESTART_COUNT" in os.environ else seconds)

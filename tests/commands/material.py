@@ -1,4 +1,4 @@
-"""What a user brings: small real data, candidates from real training, a task of their own; and how they start a run."""
+"""Test data: small real data sets, candidates from real training, a custom task, and functions that start a run."""
 
 import os
 import sysconfig
@@ -48,7 +48,7 @@ class Tensors:
 
 
 class Scores:
-    """A user's own task: the mean of a small regression on the digits. It can be told to die, as a crash would."""
+    """A custom task: the mean of a small regression on the digits. It can raise an error at a given call."""
 
     def __init__(self, die_at: int = 0, broken_rank: int = -1) -> None:
         if broken_rank == int(os.environ.get("RANK", "0")):
@@ -76,7 +76,7 @@ class Scores:
 
 
 def scores(die_at: int = 0, broken_rank: int = -1) -> Scores:
-    """The import path of this function is what a configuration names; `die_at` counts calls of the loss."""
+    """Return the task. A configuration names the import path of this function; `die_at` counts calls of the loss."""
     return Scores(die_at, broken_rank)
 
 
@@ -85,7 +85,7 @@ def half_a_task() -> object:
 
 
 def convnet(width: int = 4) -> nn.Module:
-    """Two convolutions with BatchNorm for 8 x 8 digits."""
+    """Return a network with two convolutions and BatchNorm for 8 x 8 digits."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, bias=False),
         nn.BatchNorm2d(width),
@@ -99,7 +99,7 @@ def convnet(width: int = 4) -> nn.Module:
 
 
 def numbered_convnet() -> nn.Module:
-    """The same, with a parameter and a buffer of integers, which no average changes."""
+    """Return the same network with a parameter and a buffer of integers, which averaging does not change."""
     net = convnet()
     net.register_parameter("classes", nn.Parameter(torch.arange(10), requires_grad=False))
     return net
@@ -109,7 +109,7 @@ SCORES = {"name": "tests.commands.material:scores"}
 
 
 def digits(path: Path) -> dict[str, Any]:
-    """Write the digits; return the task section."""
+    """Write the digits and return the task section."""
     images, labels = load_digits()
     images = (images * 15.9).astype(np.uint8).reshape(-1, 1, 8, 8)
     parts = {"train": slice(0, 480), "validation": slice(480, 640)}
@@ -123,7 +123,7 @@ def digits(path: Path) -> dict[str, Any]:
 def train_candidates(
     task: Mapping[str, Any], directory: Path, steps: int = 40, every: int = 10, lr: float = 3e-3, **options: Any
 ) -> str:
-    """Train from scratch; leave the last N candidates in `directory` and return their glob."""
+    """Train from scratch, write the last N candidates to `directory`, and return their pattern."""
     torch.manual_seed(0)
     made: Task = build_task(validated(TaskConfig, dict(task)))
     model, data = made.model(), made.dataset("train")
@@ -140,7 +140,7 @@ def train_candidates(
 
 
 def settings(candidates: str, task: Mapping[str, Any], output: Path, **changes: Any) -> dict[str, Any]:
-    """A run of 4 steps."""
+    """Return the settings of a run of 4 steps."""
     usual = {"steps": 4, "batch_size": 12, "groups": "tensor", "optimizer": {"name": "adamw", "lr": 0.1}}
     return {
         "candidates": candidates,
@@ -152,7 +152,7 @@ def settings(candidates: str, task: Mapping[str, Any], output: Path, **changes: 
 
 
 def run_here(data: Mapping[str, Any], pictures: bool = False) -> dict[str, Any]:
-    """`twa-scale run`, without the shell: on one rank, or on this rank of a pool.
+    """Run `twa-scale run` without a shell, on one rank or on this rank of a pool.
 
     Drawing takes most of the time of so small a run, so pictures are left out unless a test looks at them.
     """
@@ -161,7 +161,7 @@ def run_here(data: Mapping[str, Any], pictures: bool = False) -> dict[str, Any]:
 
 
 def as_launched(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Call with the environment that a launcher gives to this rank of a pool, or to one rank."""
+    """Call a function with the environment that a launcher gives to this rank of a pool, or to one rank."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     launcher = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     with patch.dict(os.environ, launcher):
@@ -169,7 +169,7 @@ def as_launched(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def load(directory: Path) -> dict[str, Tensor]:
-    """All tensors of an output, from however many files."""
+    """Load all tensors of an output with any number of files."""
     return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
@@ -178,7 +178,7 @@ def state_of(output: Path) -> dict[str, Any]:
 
 
 def by_hand(candidates: str, output: Path) -> dict[str, Tensor]:
-    """sum_i a_i w_i in float64, from what the run says its coefficients are; trained tensors only."""
+    """Return sum_i a_i w_i in float64 with the coefficients that the run reports, for trained tensors."""
     twa = load_state(output).exported.model_dump()
     pattern = Path(candidates)
     states = [load(path) for path in sorted(pattern.parent.glob(pattern.name))]

@@ -1,4 +1,4 @@
-"""`average`, `inspect` and `plan`, against numpy and against what a run then really does."""
+"""`average`, `inspect` and `plan` compared with numpy and with the run."""
 
 import json
 from pathlib import Path
@@ -228,7 +228,7 @@ def test_plan_matches_the_run(
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2)])
 def test_plan_counts_every_byte_that_is_read(ranks: Pool, tmp_path: Path, shell: Any, engine: str, size: int) -> None:
-    """Of buffers, those of the rank that reads them for all."""
+    """Buffers count for the rank that reads them for all ranks."""
     task = material.digits(tmp_path / "digits.npz") | {"model": "tests.commands.material:numbered_convnet"}
     candidates = material.train_candidates(task, tmp_path / "candidates")
     data = settings(candidates, task, tmp_path / "out", engine=engine, steps=1)

@@ -1,4 +1,4 @@
-"""`twa-scale bench` measures what it says."""
+"""Tests of `twa-scale bench`."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have each operation measured once."""
+    """Measure each operation once."""
     monkeypatch.setattr(timing, "_MIN_CALLS", 1)
     monkeypatch.setattr(timing, "_MIN_SECONDS", 0.0)
 
@@ -126,7 +126,7 @@ def test_a_step_of_a_configuration(config: Path, tmp_path: Path) -> None:
     assert step["attach"] == pytest.approx(plan.bytes_read / rates["attach, packed8"])
     nbytes = {row["what"]: row["nbytes"] for row in run["stores"]["packed8"]}
     assert nbytes["reduction over 1 ranks"] == 8 * (n + 1) * plan.num_groups
-    # The same tensors are timing, so that the blocks of every tensor are counted, tails and all.
+    # The measured tensors are the same, so the blocks of every tensor count, also partial ones.
     for row in result["stores"]["packed8"][:2]:
         assert nbytes[row["what"]] == row["nbytes"]
 

@@ -1,4 +1,4 @@
-"""`start: best`: a run starts at the best of the averages that need no training."""
+"""`start: best` starts a run at the best average that needs no training."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def test_averages_are_few_and_differ() -> None:
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
 def test_the_best_is_taken(ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int) -> None:
-    """The center is a candidate far from the others, so something else is better."""
+    """The center is a candidate far from the others, so another average is better."""
     changes: dict[str, Any] = {"engine": engine, "center": "first", "evaluate_batches": None, "steps": 1}
     data = settings(scores.candidates, scores.task, tmp_path, **changes, start="best")
     ranks(run_here, size, data=data)
@@ -46,7 +46,7 @@ def test_the_best_is_taken(ranks: Pool, scores: TrainedCandidates, tmp_path: Pat
 
 
 class Lines(Report):
-    """Keeps what a run says."""
+    """Keeps the lines that a run reports."""
 
     def __init__(self) -> None:
         super().__init__(active=False)
@@ -84,7 +84,7 @@ def test_the_best_three_of_a_part_of_the_batches_are_evaluated_on_all(
 
 
 class Beginning(Report):
-    """Reads what a run has timed before its first step."""
+    """Reads the times that a run measured before its first step."""
 
     run: Run
     timed: dict[str, float] | None = None
@@ -100,7 +100,7 @@ def test_the_cost_of_a_step_has_no_other_work(
 ) -> None:
     data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=1, compare=False)
     if "steps" in changes:
-        run_here(data)  # a run that is continued loads a state, and writes its weights
+        run_here(data)  # a continued run loads a state and writes its weights
     report = Beginning(active=False)
 
     def train() -> dict[str, Any]:

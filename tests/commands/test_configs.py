@@ -1,4 +1,4 @@
-"""Every file of configs/ does what it says: it is understood, and it runs, on data and sizes that fit this machine."""
+"""Every file of configs/ is valid and runs on data and sizes that fit this machine."""
 
 import shlex
 import subprocess
@@ -18,7 +18,7 @@ from twa_scale.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-# The ranks each is run on here, and whose data and candidates take the place of the user's.
+# The number of ranks for each configuration, and the data that replaces the user's.
 RUNS = {
     "fsdp2-node": (2, "text"),
     "fsdp2-slurm": (2, "text"),
@@ -26,7 +26,12 @@ RUNS = {
     "pods": (2, "text"),
     "tail": (2, "text"),
 }
-ELSEWHERE = {"quickstart", "soup", "zero3", "scale"}  # by `make`, below, under deepspeed, in tests/scale
+ELSEWHERE = {
+    "quickstart",
+    "soup",
+    "zero3",
+    "scale",
+}  # tested elsewhere: by `make`, below, under deepspeed, in tests/scale
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, ROOT / "configs/deepspeed.json"], ids=lambda path: path.name)
@@ -44,7 +49,7 @@ def test_each_is_run_somewhere() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_it_runs(name: str, ranks: Pool, text: TrainedCandidates, digits: TrainedCandidates, tmp_path: Path) -> None:
-    """Only what names the user's files, and the sizes, are changed; the method stays the file's."""
+    """Only paths and sizes are changed. The method is that of the file."""
     size, kind = RUNS[name]
     trained_candidates = {"text": text, "digits": digits}[kind]
     settings: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
@@ -66,7 +71,7 @@ def test_it_runs(name: str, ranks: Pool, text: TrainedCandidates, digits: Traine
 
 @pytest.mark.slow
 def test_the_soup_of_pretrained_transformers(tmp_path: Path) -> None:
-    """MiniLM's real weights and real sentences, the whole story of `make soup` in small.
+    """The steps of `make soup` with fewer steps, with the real weights of MiniLM and real sentences.
 
     Its ten programs are processes of their own, forked from one that has imported what they need.
     """

@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed: one JSON, its own launcher, every stage, and a state that goes on elsewhere."""
+"""Runs under DeepSpeed: one JSON file, DeepSpeed's launcher, every stage, and states that other engines continue."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_every_stage_ends_where_fsdp2_does(
 
 
 def write_json(path: Path, twa: dict[str, Any]) -> Path:
-    """Blocks of ordinary training may stay in it."""
+    """Settings of ordinary training may remain in the file."""
     ordinary = {
         "optimizer": {"type": "Adam", "params": {"lr": 1e-4}},
         "scheduler": {"type": "WarmupLR", "params": {}},
@@ -107,7 +107,7 @@ def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(ranks: Pool, text: Traine
 
 
 def stopping(text: dict[str, Any], after: int) -> Any:
-    """The text task, until its loss has been asked for `after` times in training."""
+    """Return the text task, which stops after `after` calls of its loss in training."""
     from twa_scale.config import TaskConfig
     from twa_scale.run.tasks import build_task
 

@@ -1,4 +1,4 @@
-"""`twa-scale evaluate`: weights in files are evaluated with the model and the data of a configuration."""
+"""`twa-scale evaluate` evaluates weights in files with the model and the data of a configuration."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from twa_scale.run.evaluation import evaluate_weights
 
 
 def test_the_weights_of_a_run(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
-    """Without names they are the last candidate and the exported average, on the whole split."""
+    """By default, the last candidate and the exported average are evaluated on the whole split."""
     data = settings(scores.candidates, scores.task, tmp_path / "out", evaluate_batches=1)
     config = tmp_path / "run.json"
     config.write_text(json.dumps(data))
@@ -53,7 +53,7 @@ def test_ranks_read_their_parts_of_files_of_several_formats(
 
 
 def test_batchnorm_statistics(digits: TrainedCandidates, tmp_path: Path) -> None:
-    """They are those of the file, unless they are to be computed anew."""
+    """The statistics are those of the file unless they are recalibrated."""
     stale = {name: value + 1 if "running" in name else value for name, value in candidates(digits)[-1].items()}
     save_file(stale, tmp_path / "stale.safetensors")
     data, weights = settings(digits.candidates, digits.task, tmp_path / "out"), [str(tmp_path / "stale.safetensors")]
@@ -131,7 +131,7 @@ def test_files_that_are_no_metrics_are_not_replaced(scores: TrainedCandidates, t
         assert not before or kept.read_bytes() == before
     assert shell(*words, out).code == 0
     first = json.loads(out.read_text())
-    result = shell(*words, out, "--weights", tmp_path / "out")  # the second is none
+    result = shell(*words, out, "--weights", tmp_path / "out")  # the second one is missing
     assert result.code == 2
     assert shell(*words, out).code == 0 and json.loads(out.read_text()) == first
 

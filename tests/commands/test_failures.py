@@ -1,4 +1,4 @@
-"""What breaks on one rank while others work: the same error on each of them, none waits, nothing is half written."""
+"""A failure on one rank raises the same error on all ranks. No rank waits, and no partial output remains."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ def states(n: int = 3) -> list[dict[str, torch.Tensor]]:
 
 
 def sharded(root: Path) -> list[Path]:
-    """Candidates of several files each, with an index."""
+    """Return candidates that consist of several files with an index."""
     for i, state in enumerate(states()):
         model = make("plain")
         model.load_state_dict(state)
@@ -96,7 +96,7 @@ def test_a_shard_that_is_damaged(
 
 
 def attach_meanwhile(engine: str, paths: list[Path], damage: str) -> dict[str, Any] | None:
-    """Rank 0 damages the last candidate when all ranks have opened it."""
+    """Rank 0 damages the last candidate after all ranks have opened it."""
     from twa_scale.average.layout import match
 
     def damage_then_match(*arguments: Any) -> Any:
@@ -128,7 +128,7 @@ def test_a_file_that_changes_after_it_was_opened(ranks: Pool, tmp_path: Path, su
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_file_that_was_opened_may_lose_its_name(ranks: Pool, tmp_path: Path, suffix: str, engine: str) -> None:
-    """A writer that keeps only the last candidates may delete one while it is read."""
+    """A writer that keeps the last candidates may delete one while it is read."""
     ranks(attach_meanwhile, 3, engine=engine, paths=save(tmp_path, suffix), damage="remove")
 
 
@@ -146,7 +146,7 @@ def save(root: Path, suffix: str) -> list[Path]:
 
 @contextmanager
 def full_disk(rank: int) -> Iterator[None]:
-    """The disk of one rank fills up."""
+    """Fill the disk of one rank."""
 
     def pwrite(*_: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -170,14 +170,14 @@ def export_to_a_full_disk(engine: str, out: Path, rank: int) -> None:
 
 @pytest.mark.parametrize(("engine", "rank"), [("fsdp2", 0), ("fsdp2", 2), ("ddp", 1), ("plain", 0)])
 def test_a_disk_that_is_full_on_one_rank(ranks: Pool, tmp_path: Path, engine: str, rank: int) -> None:
-    """What stood there stays, and no temporary directory is left."""
+    """Existing files are kept, and no temporary directory remains."""
     error = ranks.error(export_to_a_full_disk, 3, engine=engine, out=tmp_path / "out", rank=rank)
     assert isinstance(error, OutputError) and os.strerror(errno.ENOSPC) in str(error) and "out" in str(error)
     assert load_file(tmp_path / "out/model.safetensors").keys() == states()[0].keys()
 
 
 def export_twice(engine: str, bad: Path, good: Path) -> str:
-    """A failed export leaves the average as usable as it was."""
+    """After a failed export the average can be exported again."""
     twa = twa_scale.attach(make(engine), candidates=states())
     message = ""
     try:

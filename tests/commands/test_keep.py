@@ -1,4 +1,4 @@
-"""Runs export the best average that they have evaluated, and compare it with the last candidate."""
+"""Runs export the best evaluated average, and compare it with the last candidate."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def summary_of(output: Path) -> dict[str, Any]:
 
 
 def measured_by_hand(trained_candidates: TrainedCandidates, weights: dict[str, torch.Tensor]) -> float:
-    """The loss on the whole validation split."""
+    """Return the loss on the whole validation split."""
     task = build_task(validated(TaskConfig, trained_candidates.task))
     model, data = task.model(), task.dataset("validation")
     model.load_state_dict({name: value.float() for name, value in weights.items()})
@@ -84,7 +84,7 @@ def test_exported_step(scores: TrainedCandidates, tmp_path: Path, shell: Any, ke
 def test_corrections_of_rows_are_kept_and_exported(
     scores: TrainedCandidates, tmp_path: Path, shell: Any, keep: str
 ) -> None:
-    """The export from coefficients alone has the weights of the run; a run that is continued has them, too."""
+    """An export from coefficients has the weights of the run, and a continued run has them, too."""
     more = {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.05, "row_lr": 0.05}, "keep": keep}
     config = settings(scores.candidates, scores.task, tmp_path / "whole", **more, steps=4, evaluate_every=1)
     run_here(config, pictures=True)
@@ -113,7 +113,7 @@ def test_corrections_of_rows_are_kept_and_exported(
         (0.44, 1.7, 0, "1.7, and on the train split 0.44: the candidates have memorized"),
         (1.6, 1.7, 0, "Try a lower optimizer.lr"),
         (-1.9, -2.0, 0, "Try a lower optimizer.lr"),  # a log density
-        (None, 1.7, 0, "Try a lower optimizer.lr"),  # the first steps were taken before the run was continued
+        (None, 1.7, 0, "Try a lower optimizer.lr"),  # the first steps were made before the run was continued
         (0.44, 1.7, 3, None),
     ],
 )
@@ -142,7 +142,7 @@ def test_state_continues_from_last_step(scores: TrainedCandidates, tmp_path: Pat
 def test_resumed_run_restores_best_average(
     ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int
 ) -> None:
-    """The best evaluation is not repeated. On two ranks also that of rows: the best has none, and the last step has."""
+    """The best evaluation is not repeated. The best average has no corrections of rows, the last step has some."""
     changes = {**WILD, "steps": 6, "checkpoint_every": 1, "engine": engine}
     changes["groups"] = "tensor" if size == 1 else "tensor+row"
     ranks(run_here, size, data=settings(scores.candidates, scores.task, tmp_path / "whole", **changes))
@@ -240,7 +240,7 @@ def test_caveat_of_evaluations(changes: dict[str, Any], message: str | None) -> 
     assert actual is None if message is None else message in str(actual)
 
 
-# What decides
+# The choice of the best average
 
 
 def config(**changes: Any) -> RunConfig:

@@ -1,4 +1,4 @@
-"""A run that is killed at any of its changes to the disk goes on as if it had not been."""
+"""A run that is killed at any change to the disk continues with the result of an undisturbed run."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncat
 
 
 def run_until(data: dict[str, Any], number: int, counted: str) -> None:
-    """Run, and be killed just before the `number`-th change below the output; write down their count."""
+    """Run, kill the process before the `number`-th change of the output, and write the number of changes."""
     seen = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -42,7 +42,7 @@ def run_until(data: dict[str, Any], number: int, counted: str) -> None:
 
 
 def life(data: dict[str, Any], number: int, counted: Path) -> int | None:
-    """Return how a process ended that was to live until then."""
+    """Return the exit status of a process that is killed at a given change."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=run_until, args=(data, number, str(counted)))
@@ -53,12 +53,12 @@ def life(data: dict[str, Any], number: int, counted: Path) -> int | None:
 
 @pytest.mark.parametrize(("lives", "seed"), [(4, 0), pytest.param(30, 1, marks=pytest.mark.slow)])
 def test_killed_at_any_change_of_the_disk(scores: TrainedCandidates, tmp_path: Path, lives: int, seed: int) -> None:
-    """While it saves, records, exports and finishes: every output ends with the bits of a run that was left alone."""
+    """The changes include saves, records, exports and the end. Every output has the bits of an undisturbed run."""
     data = settings(scores.candidates, scores.task, tmp_path / "whole", checkpoint_every=1, evaluate_every=2)
     assert life(data, 0, tmp_path / "count") == 0
     changes = int((tmp_path / "count").read_text())
     assert changes > 40
-    # The first ones and those of the end, where results appear, and some between.
+    # The first changes, those at the end, where results are written, and some between.
     numbers = [1, changes, changes - 1, *random.Random(seed).sample(range(2, changes - 1), lives - 3)]
     for number in numbers:
         output = tmp_path / f"killed-{number}"
@@ -68,11 +68,14 @@ def test_killed_at_any_change_of_the_disk(scores: TrainedCandidates, tmp_path: P
         same_end(tmp_path / "whole", output)
         assert load_state(output).finished, number
         left = {path.name for path in output.iterdir()} - {path.name for path in (tmp_path / "whole").iterdir()}
-        assert all(".tmp-" in name or name == ".lock" for name in left), (number, left)  # nobody takes them for results
+        assert all(".tmp-" in name or name == ".lock" for name in left), (
+            number,
+            left,
+        )  # temporary files are not results
 
 
 def test_killed_again_and_again(scores: TrainedCandidates, tmp_path: Path) -> None:
-    """Each life dies a little later than the last; the state is always there to go on from."""
+    """Each process is killed a little later than the previous one. Each continues from the state."""
     data = settings(scores.candidates, scores.task, tmp_path / "out", checkpoint_every=1, evaluate_every=2)
     number, lives = 15, 0
     while life(data, number, tmp_path / "count") == -signal.SIGKILL:

@@ -1,4 +1,4 @@
-"""`pods` in a configuration: the same run, cut into groups that exchange only coefficient gradients."""
+"""`pods` in a configuration divides a run into groups that exchange only the gradient of the coefficients."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from twa_scale import ConfigError
 def test_a_run_in_pods_is_the_run_on_one_rank(
     ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, pods: int, size: int
 ) -> None:
-    """The same weights on the same batches; every pod reads the candidates, each byte once."""
+    """The weights are the same for the same batches. Every pod reads each byte of the candidates once."""
     single = settings(scores.candidates, scores.task, tmp_path / "alone")
     split = settings(scores.candidates, scores.task, tmp_path / "split", engine=engine, pods=pods)
     (whole,) = ranks(run_here, 1, data=single)
@@ -41,7 +41,7 @@ def test_pods_that_do_not_fit_the_ranks_are_refused(
 
 
 def test_plan_knows_pods(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
-    """A rank of 4 in 2 pods holds what a rank of 2 does, and little leaves its pod."""
+    """A rank of 4 in 2 pods has the memory of a rank of 2, and few bytes are sent between pods."""
     config = tmp_path / "run.json"
     config.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out")))
 

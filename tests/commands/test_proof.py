@@ -1,4 +1,4 @@
-"""`make proof` at the smallest size: every method runs, on real data, and nothing is run twice."""
+"""`make proof` at the smallest size: every method runs on real data, and nothing runs twice."""
 
 import re
 import subprocess
@@ -37,7 +37,7 @@ ONCE: dict[str, tuple[Any, Path]] = {
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory of a command that ran all tasks, in one process, and what it printed."""
+    """Return the directory of a command that ran all tasks in one process, and its output."""
     assert SENTENCES.exists(), "the sentences are missing: `make test-slow` fetches them"
     assert any(PACKAGES.glob("dataset-fashion-mnist_*.deb")), "the images are missing: `make test-slow` fetches them"
     out = tmp_path_factory.mktemp("proof")
@@ -88,7 +88,7 @@ def test_development_seeds_of_soups_are_judged_by_validation_sentences_that_no_m
 
 
 class Interrupted(Training):
-    """A training that ends before its ninth step."""
+    """A training that stops before its ninth step."""
 
     def update(self, step: int, factor: float) -> float:
         if step == 8:

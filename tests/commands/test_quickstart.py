@@ -1,4 +1,4 @@
-"""The quickstart in small: all of its programs, on the text of the real one."""
+"""All programs of the quickstart at a small size, on its text."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""`optimizer.lr: auto` and `choose_rate`: three rates from the same start, and the best on held-out data."""
+"""`optimizer.lr: auto` and `choose_rate` try three rates from the same start and choose by held-out data."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def taken(model: nn.Module, twa: Any, first: int, steps: int = 3) -> float:
 
 
 def after(engine: str, lr: float) -> tuple[float, dict[str, Any]]:
-    """The score of three steps with a rate after two others, and the state before the three."""
+    """Return the score of three steps with a rate after two others, and the state before the three."""
     model, twa = cases.attach(engine, cases.Run(ROWS))
     taken(model, twa, 0, 2)
     twa.set_lr(lr)
@@ -45,7 +45,7 @@ def after(engine: str, lr: float) -> tuple[float, dict[str, Any]]:
 
 
 def choose(engine: str) -> tuple[Any, list[float], dict[str, Any], list[dict[str, Any]], bool]:
-    """Choose among rates, of which the last diverges; also what trainings of their own reach and start from."""
+    """Choose among rates, the last of which diverges. Also return the start and the result of separate trainings."""
     model, twa = cases.attach(engine, cases.Run(ROWS))
     taken(model, twa, 0, 2)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -203,7 +203,7 @@ def ended(output: Path) -> dict[str, Any]:
 def test_a_run_trains_with_the_best_rate(
     ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int, pods: int
 ) -> None:
-    """As a run that was given the rate, and as evaluations of runs of the trials' length."""
+    """The weights are those of a run with this rate, and the scores those of runs with the length of a trial."""
     ranks(run_here, size, data=auto(scores, tmp_path / "auto", engine=engine, pods=pods))
     rate = ended(tmp_path / "auto")["rate"]
     assert rate["tried"] == pytest.approx([0.01, 0.03, 0.09]) and rate["steps"] == 5
@@ -214,7 +214,7 @@ def test_a_run_trains_with_the_best_rate(
     ranks(run_here, size, data=auto(scores, tmp_path / "given", engine=engine, pods=pods, **inputs))
     first, second = (state_of(tmp_path / name)["twa"] for name in ("auto", "given"))
     for state in (first, second):
-        del state["rows"]["stored"]["directory"]  # whose name is new each time; the sum of its file is compared
+        del state["rows"]["stored"]["directory"]  # the name is new each time; the checksum of the file is compared
     assert same_bits(first, second)
     provenance = json.loads((tmp_path / "auto/average/twa_scale.json").read_text())
     assert provenance["config"]["optimizer"]["lr"] == rate["lr"]
@@ -236,7 +236,7 @@ def test_a_continued_run_does_not_search_again(scores: TrainedCandidates, tmp_pa
 
 
 def test_a_signal_during_the_search(scores: TrainedCandidates, tmp_path: Path) -> None:
-    """In the second trial: the state has neither its steps nor its rate."""
+    """The signal arrives in the second trial. The state has neither its steps nor its rate."""
     task = {"name": "tests.commands.interrupted:scores"}
     run_with_handlers(auto(TrainedCandidates({**task, "method": "loss", "call": 7}, scores.candidates), tmp_path))
     state = state_of(tmp_path)
@@ -248,7 +248,7 @@ def test_a_signal_during_the_search(scores: TrainedCandidates, tmp_path: Path) -
 
 
 class Falling(Scores):
-    """The first evaluations are better: of three trials the last, then step 0 and the end of the run."""
+    """The first evaluations are better: the last of three trials, then step 0 and the end of the run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class Falling(Scores):
 def test_where_a_trial_ends_is_exported_if_it_is_the_best(
     scores: TrainedCandidates, tmp_path: Path, shell: Any
 ) -> None:
-    """A run of as many steps as a trial ends there, too."""
+    """A run with as many steps as a trial ends at the same weights."""
     config = tmp_path / "run.json"
     task = TrainedCandidates({"name": f"{__name__}:Falling"}, scores.candidates)
     changes = {"steps": 5, "start": "center", "evaluate_batches": 1, "compare": False}
@@ -310,7 +310,7 @@ def scored_by_rank() -> str:
 
 
 def failing_on_a_rank() -> tuple[list[float], bool]:
-    """A rank alone sees that the second trial diverges; another alone has an error in the score of the last."""
+    """One rank sees that the second trial diverges. Another one has an error in the score of the last trial."""
     model, twa = small()
     before = twa.state_dict()
 
@@ -334,7 +334,7 @@ def failing_on_a_rank() -> tuple[list[float], bool]:
 
 
 def test_errors_that_one_rank_sees(ranks: Pool) -> None:
-    """They are those of all ranks, and leave the average as it was."""
+    """The errors are raised on all ranks and do not change the average."""
     for (finite, diverged), same in ranks(failing_on_a_rank, 2):
         assert finite == 0.4 and diverged != diverged and same
 

@@ -1,4 +1,4 @@
-"""Bad input at the command line: exit code 2, one message that names what is wrong, no traceback, nothing left."""
+"""Invalid input at the command line: exit code 2, one message that names the problem, no traceback, no output."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def refused(said: CommandResult, *words: str) -> None:
 
 @pytest.fixture
 def config(text: TrainedCandidates, tmp_path: Path) -> Any:
-    """Write a configuration of the text run, with changes; return its path."""
+    """Write a configuration of the text run with changes, and return its path."""
 
     def write(**changes: Any) -> Path:
         path = tmp_path / "run.yaml"
@@ -205,7 +205,7 @@ def test_outputs_that_cannot_be_written(text: TrainedCandidates, config: Any, sh
     for out in (tmp_path / "file", tmp_path / "file/below"):
         refused(shell("run", config(), f"output={out}"), str(out))
     result = shell("inspect", text.candidates, "--json", "--plot", tmp_path / "file/plot.png")
-    refused(CommandResult(result.code, "", result.err), "plot.png")  # what was found is printed all the same
+    refused(CommandResult(result.code, "", result.err), "plot.png")  # the results are printed nevertheless
     assert (tmp_path / "file").read_text() == "mine" and (occupied / "thesis.tex").read_text() == "mine"
 
 
@@ -249,7 +249,7 @@ def test_a_split_without_a_whole_batch(shell: Any, scores: TrainedCandidates, tm
     refused(shell("run", path), "batch_size", "'train'", "60 examples")
 
 
-# The command line itself
+# The command line
 
 
 OPTIONS = {
@@ -294,7 +294,7 @@ def test_unknown_commands(shell: Any, words: list[str]) -> None:
     assert result.code == 2 and "Usage" in result.err and "Traceback" not in result.err
 
 
-# As a process of its own
+# In a separate process
 
 
 def typed(*words: object, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -1,4 +1,4 @@
-"""A run that died is continued as if it had not: same steps, same bits, on any number of ranks."""
+"""An interrupted run continues with the same steps and the same bits, on any number of ranks."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from twa_scale.output import DirectoryLock
 
 STEPS = 8
 EVERY = 2
-DEATH = 6  # the loss of this step raises: the last state that was saved is that of step 4
+DEATH = 6  # the loss of this step raises; the last saved state is that of step 4
 
 
 def life(trained_candidates: TrainedCandidates, output: Path, **changes: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_the_same_ranks_end_with_the_same_bits(
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
     loose = ("seconds",)
     messages = [[{k: v for k, v in line.items() if k not in loose} for line in lines(o)] for o in (whole, continued)]
-    assert messages[0] == messages[1]  # each step and evaluation once, with the same numbers
+    assert messages[0] == messages[1]  # each step and evaluation occurs once, with the same numbers
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
@@ -93,7 +93,7 @@ def test_other_ranks_end_with_the_same_weights(
 
 
 def test_batchnorm_and_other_optimizers_continue(digits: TrainedCandidates, tmp_path: Path) -> None:
-    """The state of SGD with momentum and the statistics of BatchNorm; resumed after a run that has ended early."""
+    """The state includes the momentum of SGD and the statistics of BatchNorm. The first run ended early."""
     changes = {"optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9}, "recalibrate_batches": 3, "batch_size": 24}
     run_here(life(digits, tmp_path / "whole", **changes))
     run_here(life(digits, tmp_path / "parts", **changes))
@@ -106,7 +106,7 @@ def test_batchnorm_and_other_optimizers_continue(digits: TrainedCandidates, tmp_
 
 
 def everything(output: Path) -> dict[Path, tuple[int, bytes]]:
-    """Return the time and the content of all that lies in a directory, and of the directory itself."""
+    """Return the times and the content of all files of a directory, and of the directory itself."""
     return {
         path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in (output, *output.rglob("*"))
@@ -118,13 +118,13 @@ def test_a_run_that_has_finished_is_left_alone(ranks: Pool, mine: TrainedCandida
     output = tmp_path / "out"
     summary = ranks(run_here, size, data=life(mine, output))[0]
     before = everything(output)
-    repeated = ranks(run_here, size, data=life(dying(mine), output))  # not one call of the loss
+    repeated = ranks(run_here, size, data=life(dying(mine), output))  # the loss is not called
     assert everything(output) == before
     assert repeated == [json.loads(json.dumps(summary))] * size
     for path in Path(mine.candidates).parent.glob("step-*"):
         (path / "model.safetensors").unlink()
         path.rmdir()
-    ranks(run_here, size, data=life(mine, output))  # what it was made of is not needed any more
+    ranks(run_here, size, data=life(mine, output))  # the candidates are no longer needed
     assert everything(output) == before
 
 
@@ -194,7 +194,7 @@ def test_what_is_beside_the_state_does_not_stop_a_resume(
 
 
 def test_one_run_at_a_time(scores: TrainedCandidates, tmp_path: Path) -> None:
-    """The second says who is there, and changes nothing; exporting from what is there is fine."""
+    """The second run names the first one and changes nothing. An export of existing results is possible."""
     stopped(scores, tmp_path)
     with DirectoryLock(tmp_path) as lock:
         lock.take()
@@ -233,7 +233,7 @@ def test_a_line_that_a_crash_cut_short_is_dropped(scores: TrainedCandidates, tmp
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-# What must not be continued
+# Runs that must not continue
 
 
 def stopped(trained_candidates: TrainedCandidates, output: Path) -> None:
@@ -262,7 +262,7 @@ def test_settings_under_which_the_coefficients_mean_something_else(
     with pytest.raises(StateError) as caught:
         run_here(life(scores, tmp_path, **changes))
     assert all(word in str(caught.value) for word in message), str(caught.value)
-    assert {path: path.read_bytes() for path in before} == before  # config.json still says what state.pt is of
+    assert {path: path.read_bytes() for path in before} == before  # config.json still describes state.pt
 
 
 @pytest.fixture

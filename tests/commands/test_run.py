@@ -1,4 +1,4 @@
-"""`run`: what it leaves behind is complete, and what it exports is what it trained."""
+"""`run` writes complete outputs, and exports the weights that it trained."""
 
 import json
 from pathlib import Path
@@ -33,9 +33,9 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ended(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has ended; look, do not touch."""
+    """Return the output of a completed run, which tests must not change."""
     output = tmp_path_factory.mktemp("run") / "out"
-    (output / ".average.tmp-0a1b2c3d").mkdir(parents=True)  # of one that was killed
+    (output / ".average.tmp-0a1b2c3d").mkdir(parents=True)  # from a killed run
     with (output / ".average.tmp-0a1b2c3d.lock").open("wb") as lock:
         lock.write(temporary._host(lock.fileno()))
     run_here(settings(text.candidates, text.task, output, steps=6, evaluate_every=2), pictures=True)
@@ -82,7 +82,7 @@ def test_the_export_is_the_sum_by_hand(ended: Path, text: TrainedCandidates) -> 
     assert exported.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(exported[name].double(), value, rtol=1e-6, atol=1e-7)
-    assert (state_of(ended)["twa"]["coefficients"] - 1 / material.N).abs().max() > 0.02  # it has moved
+    assert (state_of(ended)["twa"]["coefficients"] - 1 / material.N).abs().max() > 0.02  # the directory has moved
 
 
 def test_the_export_evaluates_as_the_run_said(ended: Path, text: TrainedCandidates) -> None:
@@ -101,7 +101,7 @@ def test_the_report_has_the_numbers_of_the_run(ended: Path, tmp_path: Path, shel
     for metrics in summary["comparison"].values():
         assert all(f">{value:.6g}<" in page for value in metrics.values())
     assert "finished" in page and "Mean coefficient by step" in page and "by kind and depth" in page
-    assert load_config(ended / "config.json", ["output=again"]).steps == 6  # the command that it names
+    assert load_config(ended / "config.json", ["output=again"]).steps == 6  # the command in the message
 
 
 def test_the_coefficients_are_recorded(ended: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_live_weights_are_exported_bit_for_bit(text: TrainedCandidates, tmp_
 
 
 def test_training_lowers_the_loss_that_it_is_trained_on(scores: TrainedCandidates, tmp_path: Path) -> None:
-    """Full batches of a user's own task: the objective itself, not a sample of it."""
+    """The loss decreases on full batches of a custom task, that is, on the objective itself."""
     changes = {"steps": 30, "batch_size": 60, "split": "validation", "evaluate_batches": None, "evaluate_every": 10}
     run_here(settings(scores.candidates, scores.task, tmp_path / "out", **changes))
     losses = [line["validation/loss"] for line in lines(tmp_path / "out") if "validation/loss" in line]
@@ -168,12 +168,14 @@ def test_batchnorm_statistics_are_measured_and_exported(
     model, data = task.model(), task.dataset("train")
     assert isinstance(model, nn.Sequential)
     model.load_state_dict(exported)
-    with torch.no_grad():  # 20 batches of 24 are the whole split, so the first layer's mean knows no order
+    with (
+        torch.no_grad()
+    ):  # 20 batches of 24 are the whole split, so the mean of the first layer does not depend on the order
         images = stack([data[i] for i in range(len(data))])["images"].float() / 255
         mean = model[0](images).mean((0, 2, 3))
         var = model[3](model[:3].eval()(images)).var((0, 2, 3))
     torch.testing.assert_close(exported["1.running_mean"], mean, rtol=1e-4, atol=1e-5)
-    assert ((exported["4.running_var"] - var) / var).abs().max() < 0.15  # unequal batches: near, not equal
+    assert ((exported["4.running_var"] - var) / var).abs().max() < 0.15  # unequal batches: close, but not equal
     last = load(sorted(Path(digits.candidates).parent.glob("step-*"))[-1])
     assert (exported["1.running_mean"] - last["1.running_mean"]).abs().max() > 1e-3
 
@@ -185,7 +187,7 @@ def test_batchnorm_statistics_are_measured_and_exported(
 
 
 def test_candidates_without_a_count_of_batches(digits: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
-    """As old files are: what they do not hold, neither export does."""
+    """Old files do not have a count. Exports of their average do not have one either."""
     for path in Path(digits.candidates).parent.glob("step-*"):
         (tmp_path / path.name).mkdir()
         state = {name: value for name, value in load(path).items() if "num_batches" not in name}
@@ -196,7 +198,7 @@ def test_candidates_without_a_count_of_batches(digits: TrainedCandidates, tmp_pa
     assert live.keys() == merged.keys() and torch.equal(live["1.running_var"], merged["1.running_var"])
 
 
-# The same run, held in other ways
+# The same run with other engines and ranks
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`twa-scale search`: an average is chosen by a metric of the task, on all ranks, also after an interruption."""
+"""`twa-scale search` chooses an average by a metric of the task, on all ranks, also after an interruption."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.sums import averaged
 from twa_scale.config import center_weights, load_config
 from twa_scale.run.search import SearchOptions, run_search
 
-TRIED = 3 + 7 * 2  # of a sweep over three candidates
+TRIED = 3 + 7 * 2  # number of evaluations of a sweep over three candidates
 
 
 def written(trained_candidates: TrainedCandidates, folder: Path, **changes: Any) -> Path:
@@ -39,7 +39,7 @@ def mixed(trained_candidates: TrainedCandidates, weights: Any) -> dict[str, torc
 
 
 def test_a_sweep(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
-    """The scores are the losses of averages made by hand, and the best is exported."""
+    """The scores are the losses of averages computed by the test, and the best one is exported."""
     config = written(scores, tmp_path, groups="tensor+row")
     result = shell("search", config)
     assert result.code == 0, result.err
@@ -59,7 +59,7 @@ def test_a_sweep(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     repeated = shell("search", config)
     assert repeated.code == 0 and "0 evaluated now" in repeated.out
     assert {**found(tmp_path), "seconds": 0, "measured": 0} == {**summary, "seconds": 0, "measured": 0}
-    shell("search", config, "evaluate_batches=1", "--budget", 2)  # other data: a record of its own
+    shell("search", config, "evaluate_batches=1", "--budget", 2)  # other data has a separate record
     assert found(tmp_path)["measured"] == 2 and len(found(tmp_path)["tried"]) == 2
 
 
@@ -70,7 +70,7 @@ def test_it_continues_after_a_signal(scores: TrainedCandidates, tmp_path: Path, 
     assert result.code == 75 and "after 5 averages" in result.err and not (tmp_path / "out/search/average").exists()
     (record,) = (tmp_path / "out/search").glob("scores-*.jsonl")
     assert len(record.read_text().splitlines()) == 1 + 5
-    codes = [shell("search", config).code for _ in range(3)]  # the signal comes again in each process
+    codes = [shell("search", config).code for _ in range(3)]  # each process receives the signal again
     assert codes == [75, 75, 0] and found(tmp_path)["measured"] == TRIED - 15 and len(found(tmp_path)["tried"]) == TRIED
 
 
@@ -80,7 +80,7 @@ def search_here(path: Path) -> dict[str, Any]:
 
 
 def test_ranks_find_the_same(ranks: Pool, scores: TrainedCandidates, tmp_path: Path) -> None:
-    """Several methods, of which each starts at the best so far; the best of all is exported."""
+    """Each method starts at the best average so far, and the best of all is exported."""
     (tmp_path / "one").mkdir()
     (first,) = ranks(search_here, 1, path=written(scores, tmp_path / "one", start="best"))
     two, second = ranks(search_here, 2, path=written(scores, tmp_path, engine="fsdp2"))
@@ -110,7 +110,7 @@ def test_refused(scores: TrainedCandidates, tmp_path: Path, shell: Any, words: l
 
 
 def test_a_run_beside_it(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
-    """A search has a directory of its own: what a run has written stays."""
+    """A search writes to its own directory and keeps the files of a run."""
     config = written(scores, tmp_path)
     run_here(json.loads(config.read_text()))
     before = (tmp_path / "out/summary.json").read_bytes()

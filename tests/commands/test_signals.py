@@ -20,7 +20,7 @@ def start_writing(command: list[str], out: Path) -> "subprocess.Popen[bytes]":
     """Start a command that writes `out`, and return when it has started to write."""
 
     def heed() -> None:
-        for number in (signal.SIGINT, signal.SIGHUP):  # The process that runs the tests may ignore them.
+        for number in (signal.SIGINT, signal.SIGHUP):  # The process that runs the tests may ignore these signals.
             signal.signal(number, signal.SIG_DFL)
 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed)
@@ -44,7 +44,7 @@ def test_signal_leaves_no_files(tmp_path: Path, number: int, ranks: int) -> None
     _, result = process.communicate(timeout=120)
     assert f"stopped by {signal.Signals(number).name}".encode() in result
     assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates"]
-    assert process.returncode == (128 + number if ranks == 1 else 1)  # torchrun's own
+    assert process.returncode == (128 + number if ranks == 1 else 1)  # the exit code of torchrun
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -72,7 +72,7 @@ def test_ignored_signals_stay_ignored() -> None:
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             finally:
-                os.kill(os.getpid(), signal.SIGINT)  # comes while the block cleans up
+                os.kill(os.getpid(), signal.SIGINT)  # the signal arrives while the block cleans up
         assert ended.value.code == 128 + signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:

@@ -1,4 +1,4 @@
-"""The file of a run state: whatever happened to it, it is used as it was saved, or refused by name."""
+"""The file of a run state is used with its saved content, or refused by name."""
 
 import os
 import random
@@ -19,7 +19,7 @@ from twa_scale.errors import OutputError, StateError
 
 @pytest.fixture(scope="module")
 def ended(scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps; look, do not touch."""
+    """Return a run of four steps, which tests must not change."""
     output = tmp_path_factory.mktemp("state") / "out"
     run_here(settings(scores.candidates, scores.task, output, checkpoint_every=1))
     return output
@@ -27,13 +27,13 @@ def ended(scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def output(ended: Path, tmp_path: Path) -> Path:
-    """The newest state alone, where it may be damaged."""
+    """Return a copy of the newest state that a test may damage."""
     shutil.copy(ended / STATE, tmp_path / STATE)
     return tmp_path
 
 
 def plain(value: Any) -> Any:
-    """Return nested data with tensors as lists, which can be compared."""
+    """Return nested data with tensors as lists, so that it can be compared."""
     if isinstance(value, torch.Tensor):
         return (str(value.dtype), value.tolist())
     if isinstance(value, dict):
@@ -101,7 +101,7 @@ def test_another_version_is_named(output: Path) -> None:
 def test_what_is_no_file(output: Path) -> None:
     (output / STATE).unlink()
     assert "no run state" in refused(output)
-    os.mkfifo(output / STATE)  # reading it would wait for ever
+    os.mkfifo(output / STATE)  # reading it would block
     assert "not a regular file" in refused(output)
     (output / STATE).unlink()
     (output / STATE).mkdir()
@@ -151,7 +151,7 @@ ALLOWED = [
     ("data", "{'a': 1}"),
     ("optimizer", "{'a': 1}"),
     ("group_of", "{'a': 1}"),
-]  # for other checks to refuse
+]  # other checks refuse it
 
 
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
@@ -185,7 +185,7 @@ def test_a_state_that_is_not_finite_is_not_saved(output: Path, field: str) -> No
     assert (output / STATE).read_bytes() == before
 
 
-# The state before
+# The previous state
 
 
 def test_the_state_before_stands_in_for_a_damaged_one(
@@ -199,7 +199,7 @@ def test_the_state_before_stands_in_for_a_damaged_one(
     result = shell("export", output, "--out", tmp_path / "merged")
     assert result.code == 0 and "state.pt: is damaged" in result.err and f"{PREVIOUS} is used" in result.err
     assert f"step {before.step}" in result.out
-    (output / STATE).unlink()  # as a kill between two renames would leave it
+    (output / STATE).unlink()  # as after a kill between two renames
     run_here(settings(scores.candidates, scores.task, output))
     expected, actual = load(ended / "average"), load(output / "average")
     assert all(torch.equal(actual[name], value) for name, value in expected.items())

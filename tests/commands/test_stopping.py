@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves its state at the next boundary, and continues as if nothing had been."""
+"""A run that receives a signal saves its state at the next boundary, and continues with the same result."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def life(
 
 
 def run_with_handlers(data: dict[str, Any]) -> str:
-    """What a run says when it stops; the signals of this process are then as they were."""
+    """Return the messages of a run that is stopped, and the signal handlers of this process afterwards."""
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(Stopped) as stopped:
         run_here(data)
@@ -66,10 +66,10 @@ def undisturbed(ranks: Pool, scores: TrainedCandidates, tmp_path_factory: pytest
         ("dataset", 2, 1, 0),  # before the candidates are read
         ("model", 1, 0, 0),
         ("metrics", 1, 1, 0),  # during the evaluation of step 0
-        ("metrics", 3, 0, 2),  # during that of step 2
+        ("metrics", 3, 0, 2),  # during the evaluation of step 2
         ("loss", 4, 1, 4),  # where an evaluation is due
-        ("loss", 6, 0, 6),  # where a save is due
-        ("loss", STEPS, 1, STEPS),  # only the export is left
+        ("loss", 6, 0, 6),  # where the state is saved
+        ("loss", STEPS, 1, STEPS),  # only the export remains
     ],
 )
 def test_all_ranks_stop_at_the_next_boundary(
@@ -128,7 +128,7 @@ def test_a_thread_leaves_the_signals_alone() -> None:
 
 
 def test_what_another_run_left_is_not_continued(scores: TrainedCandidates, tmp_path: Path) -> None:
-    """A run that must not resume, stopped before its first save, leaves nothing that its second start could take."""
+    """A run with `resume: false` that is stopped before its first save leaves nothing to continue from."""
     run_here(life(scores, tmp_path, seed=1))
     with pytest.raises(RuntimeError, match="gone"):
         run_here(
@@ -155,7 +155,7 @@ def test_exit_code_of_the_command(scores: TrainedCandidates, tmp_path: Path, she
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["launcher", "rank"])
 def test_under_torchrun(ranks: Pool, scores: TrainedCandidates, undisturbed: Path, tmp_path: Path, to: str) -> None:
-    """torchrun hands SIGTERM on to its ranks; and one rank that is told alone tells the others."""
+    """torchrun passes SIGTERM to its ranks. One rank that receives a signal informs the others."""
     config = tmp_path / "run.yaml"
     data = life(scores, tmp_path / "out", engine="fsdp2")
     config.write_text(yaml.safe_dump(data))

@@ -1,4 +1,4 @@
-"""The code blocks of a Markdown page, and the comment above each that says how it is tested.
+"""The code blocks of a Markdown page, and the comment above each that determines how it is tested.
 
     <!-- not run: REASON -->    the block is not executed
     <!-- run by: PATH -->       the test file PATH executes it
@@ -24,7 +24,7 @@ _FENCE = re.compile(r"^(\s*)```(\w*)")
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: where it is, its language, its text without indentation, and its comment."""
+    """One fenced block: its position, its language, its text without indentation, and its comment."""
 
     page: Path
     line: int
@@ -35,7 +35,7 @@ class Block:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Return the position for messages."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
@@ -61,7 +61,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 
 def commands_of(block: Block) -> list[str]:
-    """Return the commands of a shell block, without comments, continued lines joined."""
+    """Return the commands of a shell block without comments, with continued lines joined."""
     text = block.text.replace("\\\n", " ")
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
     return [" ".join(line.split()) for line in lines if line]

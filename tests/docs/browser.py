@@ -1,4 +1,4 @@
-"""Loads pages in Chromium at several widths, and returns what does not fit into its box."""
+"""Load pages in Chromium at several widths, and return the elements that overflow."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 
 CHROMIUM = shutil.which("chromium")
 
-# One frame after the other, so that a page has settled when it is measured. `pre` and tables may scroll on narrow
-# screens; the page itself may not.
+# Frames are loaded one after the other, so that each page is complete when it is measured. `pre` and tables may
+# scroll on narrow screens. The page itself may not.
 _SCRIPT = """
 const found = [];
 const frame = document.querySelector('iframe');
@@ -35,7 +35,7 @@ async function measure(page, width) {
 
 
 def overflows(site: Path, widths: Sequence[int]) -> list[tuple[str, int, str, int]]:
-    """Return (page, width of the window, element, its width in pixels) of all that does not fit."""
+    """Return (page, width of the window, element, its width in pixels) of all elements that overflow."""
     assert CHROMIUM is not None
     pages = [path.as_uri() for path in sorted(site.rglob("index.html"))]
     script = _SCRIPT.replace("PAGES", json.dumps(pages)).replace("WIDTHS", json.dumps(list(widths)))

@@ -1,4 +1,4 @@
-"""The site, built once."""
+"""The site, built once per session."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.docs.blocks import ROOT
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of the built site. A warning of MkDocs, as for a dead link, is an error."""
+    """Return the folder of the built site. A warning of MkDocs, such as a dead link, is an error."""
     for name in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
         pytest.importorskip(name, reason="the documentation is built with tools that `make setup` installs")
     from mkdocs.commands.build import build

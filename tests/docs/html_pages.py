@@ -1,4 +1,4 @@
-"""What the tests need of a built page: its links, its anchors, its tags, and what it loads."""
+"""The links, anchors, tags and loaded files of a built page."""
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -51,7 +51,7 @@ def pages_of(site: Path) -> dict[Path, Page]:
 
 
 def target_of(page: Page, link: str) -> tuple[Path, str] | None:
-    """Return the file and the anchor that a link leads to; None when it leads to another site."""
+    """Return the file and the anchor of a link, or None for another site."""
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
         return None

@@ -1,4 +1,4 @@
-"""What the blocks of the documentation find: a model, batches, and candidates at runs/a."""
+"""The files and names that the blocks of the documentation use: a model, batches, and candidates at runs/a."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ import twa_scale
 
 
 class Model(nn.Module):
-    """A model of blocks that returns its loss, as those of transformers do."""
+    """A model of blocks that returns its loss, as models of transformers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def write_adapters() -> None:
 
 
 def names() -> dict[str, Any]:
-    """Return the names that a block may use without making them."""
+    """Return the names that a block may use without defining them."""
     random = torch.Generator().manual_seed(0)
     return {
         "torch": torch,

@@ -1,4 +1,4 @@
-"""Every block of Python, shell and YAML in README, CONTRIBUTING and docs runs, or says why it does not."""
+"""Every block of Python, shell and YAML in README, CONTRIBUTING and docs runs, or a comment gives the reason."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ PATHS = re.compile(r"(?:launch|examples|configs|tests|docs)/[\w./-]+\.\w+")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working directory with the candidates, from which Python imports."""
+    """Return an empty working directory with the candidates, from which Python can import."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     material.write_candidates(tmp_path / "runs/a")

@@ -1,4 +1,4 @@
-"""The pages in a real browser, where one is installed: nothing is wider than its place."""
+"""No element of a page overflows in a real browser, if one is installed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The changes that docs/extending.md shows, applied to a copy of the package and used."""
+"""The changes in docs/extending.md are applied to a copy of the package and used."""
 
 import re
 import shutil
@@ -107,7 +107,7 @@ DIFFS = diffs_of(PAGE)
 
 
 def apply(diff: str, root: Path) -> None:
-    """Apply the hunks of a diff: the lines that stay or go are found by their text, which has to be there once."""
+    """Apply the hunks of a diff. The text of context and removed lines must occur exactly once."""
     file = root
     for hunk in diff.split("@@\n"):
         lines = [line for line in hunk.splitlines() if not line.startswith(("--- ", "+++ "))]

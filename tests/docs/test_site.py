@@ -1,4 +1,4 @@
-"""The built site: its links lead somewhere, nothing is swallowed as HTML, and lines of code fit."""
+"""Links of the built site are valid, no text is parsed as HTML tags, and lines of code fit."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import yaml
 from tests.docs.blocks import PAGES, ROOT, blocks_of
 from tests.docs.html_pages import Page, pages_of, target_of
 
-WIDEST = 100  # characters of a line of code that fit beside both sidebars at 1,400 pixels
+WIDEST = 100  # characters of a line of code that fit between both sidebars at 1,400 pixels
 
 KNOWN_TAGS = set(
     re.findall(
@@ -63,7 +63,7 @@ def test_lines_of_code_fit() -> None:
     wide = [
         f"{block.where}: {len(line)} characters"
         for page in PAGES
-        if page.name != "CONTRIBUTING.md"  # it is not a page of the site
+        if page.name != "CONTRIBUTING.md"  # not a page of the site
         for block in blocks_of(page)
         for line in block.text.splitlines()
         if len(line) > WIDEST

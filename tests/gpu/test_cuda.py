@@ -1,4 +1,4 @@
-"""The same on a GPU as on a CPU: kernels, plain and FSDP2 training, and what attaching needs of its memory."""
+"""Results on a GPU equal those on a CPU: kernels, plain and FSDP2 training, and the memory of `attach`."""
 
 import copy
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ N = 4
 
 @pytest.fixture
 def nccl(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
+    """Create a process group with one rank."""
     torch.cuda.set_device(0)
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
@@ -90,7 +90,7 @@ def check(found: tuple[dict[str, Tensor], Tensor], tolerance: float) -> None:
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """TF32 would round the model's own matrix products to 10 bits."""
+    """Disable TF32, which rounds the matrix products of the model to 10 bits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -125,7 +125,7 @@ def test_what_is_exported(nccl: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("m", [0, 1, 1000, (1 << 24) + 3])
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_kernels(name: Literal["torch", "triton"], dtype: torch.dtype, m: int) -> None:
-    """Across the border of a block of the GPU, too."""
+    """The rows cross the boundary of a block of the GPU."""
     generator = torch.Generator(device="cuda").manual_seed(3)
     kernels = choose_kernels(name, torch.device("cuda"))
     assert kernels.name == name
@@ -148,7 +148,7 @@ def test_kernels(name: Literal["torch", "triton"], dtype: torch.dtype, m: int) -
 
 
 def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
-    """4 x 17 M weights: the candidates are on the CPU, the deltas on the GPU."""
+    """The candidates of 4 x 17 M weights are on the CPU, and the deltas on the GPU."""
     model = nn.Linear(4096, 4096, bias=False).cuda()
     first = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     states = [copy.deepcopy(first) for _ in range(N)]
@@ -156,7 +156,7 @@ def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
         state["weight"] += i
     torch.mv(
         model.weight.detach(), model.weight.detach()[0]
-    )  # cuBLAS takes its workspace once, from the same allocator
+    )  # cuBLAS allocates its workspace once from the same allocator
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -164,7 +164,7 @@ def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
     stored, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     assert twa.store_bytes == 4 * (N + 1) * 4096 * 4096
     assert twa.store_bytes <= stored <= 1.02 * twa.store_bytes + (1 << 20)
-    # A chunk's rows with the double copy that the Gram matrix takes of a part of them, and one block of `combine`.
+    # The rows of a chunk, the double copy of a part of them for the Gram matrix, and one block of `combine`.
     assert peak <= stored + 2 * scratch_bytes(N, 4096 * 4096) + 3 * GPU_BLOCK
     torch.testing.assert_close(model.weight.detach().cpu(), first["weight"] + (N - 1) / 2)
     twa.close()
@@ -174,7 +174,7 @@ def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
 @pytest.mark.parametrize("m", [1, 1000, 2_000_003])
 def test_packed_kernels(name: Literal["torch", "triton"], bits: int, m: int) -> None:
-    """What the GPU packs and computes is what the CPU does, but for the order of sums."""
+    """Results on the GPU equal those on the CPU up to the order of sums."""
     generator = torch.Generator().manual_seed(3)
     values, gradient = torch.randn(N, m, generator=generator), torch.randn(m, generator=generator)
     weights, base = torch.randn(N, generator=generator), torch.randn(m, generator=generator)

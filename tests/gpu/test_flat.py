@@ -1,4 +1,4 @@
-"""FSDP1 and fairscale's FullyShardedDataParallel on GPUs, where alone the latter runs: one rank, or two on two GPUs."""
+"""FSDP1 and fairscale's FullyShardedDataParallel on one GPU, or on two. The latter does not run on CPUs."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def shard(kind: str, group: dist.ProcessGroup | None, *, bf16: bool = False) -> 
         from fairscale.nn import data_parallel
 
         wrapper = data_parallel.FullyShardedDataParallel
-        options["process_group_reduce_scatter"] = group  # it would keep groups from one test to the next
+        options["process_group_reduce_scatter"] = group  # fairscale would keep groups from one test to the next
         options["flatten_parameters"] = kind == "fairscale"
         if bf16:
             options |= {"mixed_precision": True, "compute_dtype": torch.bfloat16, "fp32_reduce_scatter": True}
@@ -49,7 +49,7 @@ def test_one_rank(nccl: None, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_in_bfloat16(nccl: None, kind: str) -> None:
-    """The weights that are trained are the float32 shards."""
+    """The trained weights are the float32 shards."""
     check(train(shard(kind, dist.group.WORLD, bf16=True), "cuda"), 3e-2)
 
 
@@ -62,13 +62,13 @@ def trained(kind: str, bf16: bool) -> tuple[dict[str, Tensor], Tensor]:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks(ranks: Pool, kind: str, bf16: bool) -> None:
-    """Ranks see the same batches here; half of every flat parameter is each one's to train."""
+    """Ranks see the same batches. Each rank trains half of every flat parameter."""
     for actual in ranks(trained, 2, kind=kind, bf16=bf16, timeout=120):
         check(actual, 3e-2 if bf16 else 1e-4)
 
 
 def outputs(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Of other weights after a forward that left the root's gathered, and of a plain model with these weights."""
+    """Return outputs with other weights after a forward pass that left the root gathered, and of a plain model."""
     torch.cuda.set_device(dist.get_rank())
     model = shard(kind, dist.new_group(backend="nccl"))
     twa = twa_scale.attach(model, candidates=candidates(build()))

@@ -1,4 +1,4 @@
-"""Stores in host memory for a model on a GPU: the same results, little memory of the GPU, copies beside other work."""
+"""Stores in host memory for a model on a GPU: the same results, little GPU memory, and copies that overlap."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ def offloaded(config: TwaConfig, n: int, buffer: int = BUFFER) -> OffloadedStore
 
 
 def filled(config: TwaConfig, spans: list[Span], buffer: int, n: int = N) -> tuple[OffloadedStore, list[Any]]:
-    """The store, and the rows and center of each span beside the weights: with the codes that the CPU made."""
+    """Return the store, and the rows and the center of each span on the GPU, with codes computed on the CPU."""
     store, resident = offloaded(config, n, buffer), []
     inner = host_store(config, n, torch.zeros)
     generator = torch.Generator().manual_seed(1)
@@ -50,13 +50,13 @@ def filled(config: TwaConfig, spans: list[Span], buffer: int, n: int = N) -> tup
 
 
 def busy(milliseconds: float) -> None:
-    torch.cuda._sleep(int(milliseconds * 1e6))  # cycles, of one to two thousand a microsecond
+    torch.cuda._sleep(int(milliseconds * 1e6))  # number of cycles; there are one to two thousand in a microsecond
 
 
 def seconds(work: Callable[[], object], times: int = 5) -> float:
-    """The best of some, by events: nothing is asked of the host."""
+    """Return the best time by events, without synchronizing the host."""
     actual: list[float] = []
-    for _ in range(times + 1):  # the first compiles
+    for _ in range(times + 1):  # the first call compiles
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         first.record()
@@ -71,7 +71,7 @@ def seconds(work: Callable[[], object], times: int = 5) -> float:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("late", [False, True])
 def test_the_same_as_beside_the_weights(name: Any, kernels: Any, late: bool) -> None:
-    """Also when the GPU is far behind the host, and from several streams: no buffer is filled before it was read."""
+    """The GPU may be far behind the host and use several streams. No buffer is filled before it was read."""
     spans = [Span(str(i), i, i + m) for i, m in enumerate((3, 600_000, 0, 900, 1_000_003))]
     store, resident = filled(TwaConfig(store=name, kernels=kernels), spans, 1 << 19)
     compute = choose_kernels(kernels, torch.device("cuda"))
@@ -141,14 +141,14 @@ def test_training(nccl: None, name: str, sharded: bool) -> None:
         return weights, twa.coefficients.cpu()
 
     (first, a), (second, b) = train("auto"), train("cpu")
-    tolerance = 1e-4 if name == "dense32" else 1e-2  # the GPU and the CPU round some codes to other sides
+    tolerance = 1e-4 if name == "dense32" else 1e-2  # the GPU and the CPU round some codes differently
     torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=tolerance, atol=tolerance)
 
 
 def test_the_gpu_holds_only_buffers() -> None:
-    """8 x 67 M weights: a store of 2.4 GB. Beside it, one gradient, and what the engine and forward passes take."""
+    """The store of 8 x 67 M weights has 2.4 GB. The GPU also holds one gradient and the memory of forward passes."""
     model = nn.Linear(8192, 8192, bias=False).cuda()
     first = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     states = [{"weight": first["weight"] + i} for i in range(8)]
@@ -175,7 +175,8 @@ def test_the_gpu_holds_only_buffers() -> None:
 
 @pytest.mark.parametrize("name", ["dense16", "packed4"])
 def test_copies_at_the_speed_of_the_bus_and_beside_other_work(name: Any) -> None:
-    """`project` and `combine` take what copying takes; beside backward, on a stream of its own as with FSDP2, nothing.
+    """`project` and `combine` take the time of the copies. On a stream of its own the time of `project` is hidden by
+    backward.
 
     Timings of one process on an idle GPU; `pytest -s` shows them.
     """
@@ -232,7 +233,7 @@ def test_copies_at_the_speed_of_the_bus_and_beside_other_work(name: Any) -> None
 
 
 def blocks() -> nn.Module:
-    """Eight units whose forward pass takes about as long as their store is on the bus."""
+    """Return eight units whose forward pass takes about as long as the copy of their store."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(2048, 2048), nn.Tanh()) for _ in range(8))).cuda()
     mesh = init_device_mesh("cuda", (1,))
@@ -244,7 +245,7 @@ def blocks() -> nn.Module:
 
 @pytest.mark.parametrize("store_device", ["cpu", "auto"])
 def test_combining_beside_the_forward_pass_changes_no_bit(nccl: None, store_device: str) -> None:
-    """Neither losses nor weights, however late the GPU is. `pytest -s` shows a step, of one process on an idle GPU."""
+    """Losses and weights are the same if the GPU is late. `pytest -s` prints the time of a step on an idle GPU."""
     generator = torch.Generator().manual_seed(1)
     bases = [(0.02 * torch.randn(2048, 2048, generator=generator), torch.zeros(2048)) for _ in range(8)]
     states = [
@@ -298,7 +299,7 @@ def test_the_host_waits_for_no_unit(nccl: None) -> None:
 
     def late() -> Combine:
         combine = twa._weights._combiner(twa._written.current)
-        busy(500)  # on the stream that will combine
+        busy(500)  # on the stream that combines
         return combine
 
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""A plugin with which Axolotl trains on the CPUs of several ranks, whose numbers it takes for those of GPUs."""
+"""A plugin with which Axolotl trains on the CPUs of several ranks, because it counts them as GPUs."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ def _of_cpu(loader: Any) -> None:
 
 
 class OnCpu(BasePlugin):
-    """Puts the model of each rank on its CPU."""
+    """Moves the model of each rank to its CPU."""
 
     def register(self, cfg: Any) -> None:
         """Replace the two functions that fail on the second of several ranks without GPUs."""
         ModelLoader._set_device_map_config = _of_cpu
-        axolotl.train.create_model_card = lambda *_: None  # its table has not the same metrics in each row
+        axolotl.train.create_model_card = lambda *_: None  # the rows of its table have different metrics

@@ -1,4 +1,4 @@
-"""Runs the examples of docs/trainers.md with shorter trainings."""
+"""Run the examples of docs/trainers.md with shorter trainings."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A small training that every framework repeats, and a loop of one's own that it is compared with."""
+"""A small training for each framework, and a training loop with which it is compared."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def network(seed: int = 0) -> nn.Sequential:
 
 
 def rows() -> torch.Tensor:
-    """The inputs of an epoch; the targets are their sines."""
+    """Return the inputs of an epoch. The targets are their sines."""
     return torch.randn(HALF * ACCUMULATE * SIZE, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -32,7 +32,7 @@ def loss_of(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a parameter; collective where it is sharded."""
+    """Return a copy of a parameter. Collective if it is sharded."""
     value = parameter.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
 
@@ -42,7 +42,7 @@ def weights_of(net: nn.Module) -> Weights:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two states have the same bits."""
+    """Return whether two states have the same bits."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
@@ -57,13 +57,13 @@ def require_equal(found: Weights, wanted: Weights, tolerance: float = 0.0) -> No
 
 
 def require_learned(found: Weights, by_hand: dict[str, Any]) -> None:
-    """Compare what was learned from a window; a rounding of weights moves their packed differences by one."""
+    """Compare coefficients learned from a window. Rounding of weights changes packed differences by one."""
     require_equal(found, by_hand["learned"], 1e-3)
     assert not all(torch.allclose(found[name], value, rtol=0, atol=5e-3) for name, value in by_hand["ema"].items())
 
 
 def train_by_hand() -> dict[str, Any]:
-    """Train in a loop of one's own with RunningAverages, and learn from the window."""
+    """Train in a loop with RunningAverages, and learn from the window."""
     net, batches = network(), rows().split(SIZE)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
     averages = twa_scale.RunningAverages(net, ema=[DECAY], window=WINDOW)
@@ -89,7 +89,7 @@ def train_by_hand() -> dict[str, Any]:
 
 
 def coefficients_by_hand() -> tuple[torch.Tensor, Weights]:
-    """Return the coefficients of three networks after two epochs, and the weights, whose rows have their own."""
+    """Return the coefficients of three networks after two epochs, and the weights with corrections of rows."""
     net = network()
     twa = twa_scale.attach(net, [network(seed).state_dict() for seed in range(3)], ROWS)
     take_steps(net, twa)

@@ -1,4 +1,4 @@
-"""Averages in loops with Accelerate, in one process. One test runs the example of trainers.md."""
+"""Averages in training loops with Accelerate, in one process. One test runs the example of trainers.md."""
 
 from contextlib import closing
 from pathlib import Path
@@ -107,4 +107,4 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pyte
     names |= {"loss_of": lambda model, batch: (model(batch) - batch).square().mean(), "evaluate": lambda model: 0.0}
     run_example("accelerate", names)
     actual = load_file(tmp_path / "out" / "average" / "model.safetensors")
-    assert not torch.equal(actual["0.weight"], first.weights()["0.weight"])  # the trained weights are there again
+    assert not torch.equal(actual["0.weight"], first.weights()["0.weight"])  # the trained weights are restored

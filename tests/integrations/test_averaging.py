@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers share."""
+"""Tests of the code that the callbacks of all trainers share."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Averages in Axolotl, through its command; skipped without `axolotl`, which `make setup` leaves out."""
+"""Averages in Axolotl, with its command. Skipped without `axolotl`, which `make setup` does not install."""
 
 import json
 import os
@@ -32,7 +32,7 @@ TWA = {
 def train(
     directory: Path, twa: dict[str, Any] | None, ranks: int = 1, **settings: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run Axolotl's command in a directory, by torchrun on several ranks."""
+    """Run Axolotl's command in a directory, with torchrun on several ranks."""
     several = ranks > 1
     config = {
         "base_model": "start",

@@ -1,4 +1,4 @@
-"""Files of coefficients in the checkpoints of trainers: what is damaged, or of another object."""
+"""Damaged or different files of coefficients in the checkpoints of trainers are refused."""
 
 import io
 from contextlib import closing
@@ -16,7 +16,7 @@ from twa_scale.integrations.coefficients import STATE, load_coefficients, named_
 
 
 class Other:
-    """An object that a state cannot hold."""
+    """An object that a state cannot contain."""
 
 
 def written(value: object, **options: Any) -> bytes:
@@ -27,7 +27,7 @@ def written(value: object, **options: Any) -> bytes:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_damage_is_an_error_that_names_the_file(zipped: bool, tmp_path: Path) -> None:
-    """Wherever a file ends or bytes differ; the advice of torch, to load it unsafely, is left out."""
+    """Files are truncated or changed at any position. Torch's advice to load without weights_only is omitted."""
     path, whole = tmp_path / STATE, written({"x": torch.ones(3)}, _use_new_zipfile_serialization=zipped)
     ends = [whole[:end] for end in range(0, len(whole) - 1, 7)]
     flipped = [whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :] for at in range(0, len(whole), 7)]

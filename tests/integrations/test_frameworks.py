@@ -1,8 +1,8 @@
-"""Checkpoints that torchtitan and timm have written by their own code, without training.
+"""Read checkpoints that torchtitan and timm write with their own code, without training.
 
 Neither is a requirement of development.
 
-    pip install --no-deps --target DIRECTORY torchtitan==0.3.0 timm==1.0.31  # and what their imports miss
+    pip install --no-deps --target DIRECTORY torchtitan==0.3.0 timm==1.0.31  # and the packages that they import
     PYTHONPATH=DIRECTORY pytest tests/integrations/test_frameworks.py
 """
 
@@ -20,7 +20,7 @@ from twa_scale.merge import average_fixed
 
 
 def model(seed: int) -> nn.Module:
-    """Weights of few bits, so that their mean is exact."""
+    """Return weights with few bits, so that their mean is exact."""
     torch.manual_seed(seed)
     made = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     return made.bfloat16().float()
@@ -43,7 +43,7 @@ def test_timm(tmp_path: Path) -> None:
         ema = saver.ModelEmaV3(model(1 - epoch))
         optimizer = torch.optim.AdamW(stored.parameters())
         saver.CheckpointSaver(stored, optimizer, args, ema, checkpoint_dir=str(tmp_path)).save_checkpoint(epoch, 1.0)
-    check(f"{tmp_path}/*.pth.tar")  # beside last.pth.tar and model_best.pth.tar
+    check(f"{tmp_path}/*.pth.tar")  # in the same directory as last.pth.tar and model_best.pth.tar
     check(f"{tmp_path}/*.pth.tar", weights_key="state_dict_ema")
 
 
@@ -71,4 +71,4 @@ def test_torchtitan(tmp_path: Path, to_hf: bool) -> None:
     dist.destroy_process_group()
     check(f"{tmp_path}/checkpoint/step-*")
     average_fixed([f"{tmp_path}/checkpoint/step-*"], tmp_path / "same", format="same")
-    assert not (tmp_path / "same/sharded").exists()  # what each rank wrote, before the average
+    assert not (tmp_path / "same/sharded").exists()  # the files of each rank, before the average

@@ -1,4 +1,4 @@
-"""Averages in Lightning's own Trainer, in one process. One test runs the example of trainers.md."""
+"""Averages in Lightning's Trainer, in one process. One test runs the example of trainers.md."""
 
 from functools import partial
 from itertools import islice
@@ -44,7 +44,7 @@ def by_hand() -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
 def test_a_trainer_keeps_averages(kind: str, tmp_path: Path, by_hand: dict[str, Any]) -> None:
-    """They are those of a loop of one's own, shown in validations, saved, and resumed with the same bits."""
+    """The averages equal those of a training loop. They are validated, saved, and resumed with the same bits."""
     require_results(results(kind, tmp_path), by_hand, 0.0)
     stored = torch.load(tmp_path / f"step={HALF}.ckpt", weights_only=True)
     require_equal(within_net(stored["state_dict"]), by_hand["trained half"])
@@ -64,19 +64,19 @@ def test_coefficients_are_learned_when_training_ends(tmp_path: Path, by_hand: di
     card = ModelCard.load(tmp_path / "average" / "README.md")
     assert "pytorch-lightning" in card.data.tags and "the snapshot of step 6" in card.text
     require_equal(weights_of(Module.load_from_checkpoint(callback.average_path).net), by_hand["learned"])
-    assert set(trainer.train_dataloader.sampler.epochs) == {0, 1, 2}  # of the training, and of learning
+    assert set(trainer.train_dataloader.sampler.epochs) == {0, 1, 2}  # of the training and of learning
     require_equal(weights_of(module.net), by_hand["trained"])
     (own,) = trainer.validate(module, data(), verbose=False)
-    assert abs(own["val_loss"] - by_hand["val_loss"]) > 1e-4  # of the trained weights again
+    assert abs(own["val_loss"] - by_hand["val_loss"]) > 1e-4  # the trained weights again
     assert callback.averages is not None
     trainer.fit_loop.epoch_loop.max_steps = STEPS + 2
     trainer.fit(module, data(), data())
-    assert callback.averages.num_steps == STEPS + 2  # a second fit goes on
+    assert callback.averages.num_steps == STEPS + 2  # a second fit continues
 
 
 @pytest.mark.slow
 def test_a_training_that_was_killed_after_its_last_checkpoint_ends_when_it_resumes(tmp_path: Path) -> None:
-    """Lightning's own loop does nothing then."""
+    """Lightning's loop takes no step in this case."""
     _, _, first, _ = fit("automatic", tmp_path, learn=LEARN, learn_steps=3)
     assert first.average_path is not None
     learned = torch.load(first.average_path, weights_only=True)["state_dict"]
@@ -88,7 +88,7 @@ def test_a_training_that_was_killed_after_its_last_checkpoint_ends_when_it_resum
 
 
 class Logged(pl.loggers.Logger):
-    """Keeps what is logged."""
+    """Keeps the logged values."""
 
     name, version = "logged", 0
 
@@ -104,7 +104,7 @@ class Logged(pl.loggers.Logger):
 
 
 class Monitor(pl.Callback):
-    """Keeps the metrics of each validation, as a ModelCheckpoint finds them."""
+    """Keeps the metrics of each validation that a ModelCheckpoint sees."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, float]] = []
@@ -117,7 +117,7 @@ class Monitor(pl.Callback):
 
 @pytest.mark.slow
 def test_further_averages_are_validated_with_prefixes_of_their_own(tmp_path: Path, by_hand: dict[str, Any]) -> None:
-    """Callbacks see one validation, whose metrics have all averages; the training is the same without them."""
+    """Callbacks see one validation with the metrics of all averages. Training is the same without them."""
     window = {**WINDOW, "start_step": HALF + 1}
     averaging = TwaCallback(
         ema=[DECAY], window=window, evaluate_also=["last", "mean", f"ema:{DECAY}"], learn=LEARN, learn_steps=3
@@ -153,7 +153,7 @@ def test_further_averages_are_validated_with_prefixes_of_their_own(tmp_path: Pat
 
 
 def loss_with(weights: Weights) -> float:
-    """The loss of these weights in a validation."""
+    """Return the loss of these weights in a validation."""
     net = network()
     net.load_state_dict(weights)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_each_of_several_optimizers_counts_in_either_package(tmp_path: Path) -> 
 
 
 class Fail(pl.Callback):
-    """Ends the first validation of an average by an error, or saves a checkpoint in it."""
+    """Raises an error in the first validation of an average, or saves a checkpoint in it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -257,7 +257,7 @@ def test_a_window_that_is_too_long_for_the_training_is_reported_at_its_start(tmp
 
 
 def test_what_a_trainer_must_not_have_is_refused(tmp_path: Path) -> None:
-    """Another callback that averages, one of another trainer, learning without a loss, and two of ours."""
+    """Refused: two averaging callbacks, a callback of another trainer, and learning without a loss."""
     averaging = TwaCallback(ema=[DECAY])
     learning = TwaCallback(window=WINDOW, learn=LEARN, learn_steps=3)
     other = transformers.TwaCallback(ema=[DECAY])

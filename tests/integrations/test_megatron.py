@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron-core and NeMo have written, and averages of them that these load."""
+"""Checkpoints that Megatron-core and NeMo write, and averages of them that these libraries load."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Averages in Lightning and with Accelerate on two ranks, which one start of processes trains."""
+"""Averages in Lightning and with Accelerate on two ranks. All trainings run in the same two processes."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def by_hand() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of the trainings."""
+    """Return the directory of the trainings."""
     directory = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "tests.integrations.train_on_ranks", str(directory)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -1,4 +1,4 @@
-"""Trainings that resume from an average which `--format same` wrote: Trainer, Lightning, and FSDP2 with DCP."""
+"""Trainings resume from an average that `--format same` wrote: Trainer, Lightning, and FSDP2 with DCP."""
 
 import os
 import warnings
@@ -27,7 +27,7 @@ def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def environment() -> Iterator[None]:
-    """Remove what trainers leave in the environment."""
+    """Remove the variables that trainers set in the environment."""
     before = dict(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -40,7 +40,7 @@ def environment() -> Iterator[None]:
 
 
 class Start(TrainerCallback):
-    """Keeps the first step of a training, and the weights and the state of the optimizer at its beginning."""
+    """Keeps the first step of a training, and the weights and the optimizer state at its start."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(self, "step"):
@@ -78,7 +78,7 @@ def test_a_trainer_resumes_from_the_average(working_directory: Path) -> None:
 
 
 def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Check all tensors of `wanted`; a head that is tied to an embedding is not in files."""
+    """Check all tensors of `wanted`. A head that is tied to an embedding is not stored."""
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
 
@@ -181,7 +181,7 @@ def save_steps(directory: Path) -> None:
 
 
 def load(directory: Path) -> dict[str, Any]:
-    """Load a checkpoint into a new model, take a step, and return what was loaded, gathered."""
+    """Load a checkpoint into a new model, take a step, and return the loaded tensors, gathered."""
     model, optimizer = sharded(1)
     weights, state = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": state, "step": 0}

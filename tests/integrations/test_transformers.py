@@ -1,4 +1,4 @@
-"""Averages in transformers' own Trainer, in one process and on two ranks. One test runs the example of trainers.md."""
+"""Averages in transformers' Trainer, in one process and on two ranks. One test runs the example of trainers.md."""
 
 import json
 import os
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for each way to train, with what a training and its resumed second half have left."""
+    """Return a directory for each kind of training, with the results of a training and of its resumed second half."""
     path = tmp_path_factory.mktemp("trained")
     command = [sys.executable, "-m", "tests.integrations.train_transformers", str(path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -54,7 +54,7 @@ def directory(request: pytest.FixtureRequest, trained: Path) -> Path:
 
 
 def averaged(directory: Path) -> dict[str, torch.Tensor]:
-    """The exponential average of the weights in the checkpoints."""
+    """Return the exponential average of the weights in the checkpoints."""
     steps = [load_file(directory / f"checkpoint-{step}" / "model.safetensors") for step in range(1, STEPS + 1)]
     average = steps[0]
     for weights in steps[1:]:
@@ -63,7 +63,7 @@ def averaged(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def loss_of(model: Any) -> float:
-    """The loss as Trainer has it: the sum over 11 predictions, divided by 12 labels."""
+    """Return the loss as Trainer computes it: the sum over 11 predictions, divided by 12 labels."""
     with torch.no_grad():
         losses = [float(model(**{key: value[None] for key, value in text.items()}).loss) for text in texts()]
     return sum(losses) / len(losses) * 11 / 12
@@ -75,7 +75,7 @@ def texts() -> Iterator[dict[str, torch.Tensor]]:
 
 @pytest.mark.slow
 def test_a_trainer_keeps_averages(directory: Path) -> None:
-    """They are those of the checkpoints, shown in evaluations, saved, resumed with the same bits, and learned from."""
+    """The averages equal those of the checkpoints. They are evaluated, saved, resumed, and used to learn."""
     actual = load_file(directory / f"checkpoint-{STEPS}" / "average" / "model.safetensors")
     for name, value in averaged(directory).items():
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
@@ -205,7 +205,7 @@ class Adding(Trainer):
 
 
 class Logged(TrainerCallback):
-    """Keeps the names that loggers are given."""
+    """Keeps the names that loggers receive."""
 
     def __init__(self) -> None:
         self.names: list[set[str]] = []
@@ -258,7 +258,7 @@ class Once(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
 @pytest.mark.slow
 def test_learning_from_data_that_is_read_only_once_is_refused(tmp_path: Path) -> None:
     callback = TwaCallback(window={"every": 1, "keep": 2}, learn=LEARN, learn_steps=2, save=False)
-    own = {"dispatch_batches": False}  # else Accelerate itself refuses an epoch without batches
+    own = {"dispatch_batches": False}  # otherwise Accelerate refuses an epoch without batches
     trainer = trainer_with(tmp_path, callback, save_strategy="no", accelerator_config=own)
     trainer.train_dataset = Once()
     with pytest.raises(TwaError, match="yields no more batches"):
@@ -273,7 +273,7 @@ def test_steps_that_a_loss_scaler_skips_do_not_count(tmp_path: Path) -> None:
     trainer.train()
     taken = {int(state["step"]) for state in trainer.optimizer.state.values()}
     assert callback.averages is not None
-    assert taken == {STEPS - 1} == {callback.averages.num_steps}  # the first has overflowed
+    assert taken == {STEPS - 1} == {callback.averages.num_steps}  # the first one has overflowed
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trainer_reports_what_a_user_may_not_expect(tmp_path: Path) -> None:
-    """A short window and the weights of the best checkpoint at the start; at the end, one without averages."""
+    """Reported: a short window, the weights of the best checkpoint, and a checkpoint without averages."""
 
     class Forget(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -315,7 +315,7 @@ def test_a_trainer_reports_what_a_user_may_not_expect(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adapters_of_peft_are_averaged(tmp_path: Path) -> None:
-    """Only they are: `average/` is an adapter, the exponential average of those in the checkpoints."""
+    """Only the adapter is averaged: `average/` is an adapter, the exponential average of those in the checkpoints."""
     lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     model = get_peft_model(build(0), lora)
     options = {"max_steps": HALF, "save_steps": 1, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
@@ -339,7 +339,7 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     names = {"Trainer": Trainer, "args": args, "model": build(0), "train": Texts(), "validation": Texts()}
     run_example("transformers", names)
     (logged,) = [entry for entry in names["trainer"].state.log_history if "twa_step" in entry]
-    assert logged["twa_step"] == 2  # each third step, which is half of the training, and the last
+    assert logged["twa_step"] == 2  # each third step: half of the training, and the last step
     AutoModelForCausalLM.from_pretrained(tmp_path / "average")
     origin = json.loads((tmp_path / "average/twa_scale.json").read_text())
     a = torch.tensor(origin["coefficients"], dtype=torch.float64)

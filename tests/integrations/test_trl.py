@@ -1,4 +1,4 @@
-"""Averages in the trainers of TRL, with examples/trl/train.py; skipped without `trl`, which `make setup` leaves out."""
+"""Averages in the trainers of TRL, with examples/trl/train.py. Skipped without `trl`, which `make setup` omits."""
 
 import json
 from pathlib import Path

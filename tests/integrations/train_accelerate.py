@@ -56,7 +56,7 @@ def accelerator_of(kind: str) -> Accelerator:
         return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and minutes to compile
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # used for inference only, and compiles for minutes
     config = {
         "train_micro_batch_size_per_gpu": SIZE // 2,
         "gradient_accumulation_steps": ACCUMULATE,
@@ -65,7 +65,7 @@ def accelerator_of(kind: str) -> Accelerator:
         "zero_force_ds_cpu_optimizer": False,
     }
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(config), gradient_accumulation_steps=ACCUMULATE)
-    # On CPUs it takes each rank for the only one.
+    # On CPUs Accelerate considers each rank the only one.
     for state in (PartialState(), accelerator.state):
         state.num_processes, state.process_index = dist.get_world_size(), dist.get_rank()
         state.local_process_index = dist.get_rank()
@@ -79,7 +79,7 @@ class Training:
         self.accelerator = accelerator_of(kind)
         net = network()
         optimizer = torch.optim.SGD(net.parameters(), 0.0) if given else torch.optim.AdamW(net.parameters(), lr=0.05)
-        data: Any = list(rows())  # every sequence is a data set, but not to torch's annotations
+        data: Any = list(rows())  # torch's annotations require a data set, but every sequence is one
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             data, SIZE // self.accelerator.num_processes
         )
@@ -99,7 +99,7 @@ class Training:
             optimizer.zero_grad()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights, without the names of wrappers."""
+        """Return the weights without the names of wrappers."""
         net = self.accelerator.unwrap_model(self.model)
         if any(hasattr(p, "ds_id") for p in net.parameters()):
             import deepspeed
@@ -110,7 +110,7 @@ class Training:
 
 
 def results(kind: str, directory: Path) -> dict[str, Any]:
-    """Return what a training, and its second half once more from the saved state, have left."""
+    """Return the results of a training, and of its second half resumed from the saved state."""
     actual: dict[str, Any] = {}
     first = Training(kind)
     averages = averaging.prepare(first.accelerator, first.model, ema=[DECAY], window=WINDOW)
@@ -137,7 +137,7 @@ def results(kind: str, directory: Path) -> dict[str, Any]:
 
 
 def coefficients(kind: str, directory: Path) -> dict[str, Any]:
-    """Return the coefficients of given candidates after two epochs, and those of a second epoch once more."""
+    """Return the coefficients of given candidates after two epochs, and after a resumed second epoch."""
     candidates = [network(seed).state_dict() for seed in range(3)]
     first = Training(kind, given=True)
     twa = twa_scale.attach(first.model, candidates, ROWS)
@@ -169,7 +169,7 @@ def coefficients(kind: str, directory: Path) -> dict[str, Any]:
 
 
 def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: float) -> None:
-    """Averages, resumed averages, and coefficients, learned from the window or of given candidates."""
+    """Check averages, resumed averages, and coefficients learned from the window or of given candidates."""
     assert found["steps"] == STEPS and found["same"]
     require_equal(found["trained"], by_hand["trained"], tolerance)
     require_equal(found["ema"], by_hand["ema"], tolerance)
@@ -181,4 +181,4 @@ def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: f
     require_equal(found["averaged"], averaged, 1e-6)
     assert torch.equal(found["coefficients again"], found["coefficients"])
     require_equal(found["averaged again"], found["averaged"])
-    assert found["in the state"] == {} and found["rows"] == [1, 2, 2]  # of the state before, and of this one
+    assert found["in the state"] == {} and found["rows"] == [1, 2, 2]  # of the previous state and of this one

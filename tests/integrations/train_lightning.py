@@ -36,7 +36,7 @@ from twa_scale.running.state_file import plain
 
 
 def data(rank: int = 0, ranks: int = 1) -> torch.utils.data.DataLoader[Any]:
-    """Batches of three steps, which are an epoch; the ranks share the rows of a batch."""
+    """Return the batches of three steps, which are an epoch. The ranks share the rows of a batch."""
     x = rows()
     part = torch.arange(len(x)).reshape(-1, ranks, SIZE // ranks)[:, rank].reshape(-1)
     own = torch.utils.data.TensorDataset(x[part])
@@ -44,7 +44,7 @@ def data(rank: int = 0, ranks: int = 1) -> torch.utils.data.DataLoader[Any]:
 
 
 class InOrder(torch.utils.data.SequentialSampler):
-    """Remembers the epochs that it was told."""
+    """Keeps the epochs that were set."""
 
     def __init__(self, source: Any) -> None:
         super().__init__(source)
@@ -104,7 +104,7 @@ def strategy_of(kind: str) -> Any:
 
 
 def trainer_with(kind: str, directory: Path, *callbacks: pl.Callback, max_steps: int = STEPS) -> pl.Trainer:
-    """Return a Trainer of six steps of two batches; each step is a checkpoint."""
+    """Return a Trainer of six steps of two batches, with a checkpoint at each step."""
     saving = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     return pl.Trainer(
         max_steps=max_steps,
@@ -123,7 +123,7 @@ def trainer_with(kind: str, directory: Path, *callbacks: pl.Callback, max_steps:
 
 
 class Halfway(pl.Callback):
-    """Remembers the state of the averages at the beginning of the second epoch."""
+    """Keeps the state of the averages at the start of the second epoch."""
 
     state: Any = None
 
@@ -139,7 +139,7 @@ class Halfway(pl.Callback):
 def fit(
     kind: str, directory: Path, resume: Path | None = None, **options: Any
 ) -> tuple[pl.Trainer, Module, TwaCallback, Any]:
-    """Train a small network; the last that is returned is the state of the averages in between."""
+    """Train a small network. The last result is the state of the averages between the epochs."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     callback = TwaCallback(**{"ema": [DECAY], "window": WINDOW, **options})
     module = Module(manual=kind == "manual")
@@ -151,7 +151,7 @@ def fit(
 
 
 def results(kind: str, directory: Path) -> dict[str, Any]:
-    """Return what a training, and its second half once more from the checkpoint, have left."""
+    """Return the results of a training, and of its second half resumed from the checkpoint."""
     learn: dict[str, Any] = {} if kind == "manual" else {"learn": LEARN, "learn_steps": 3}
     trainer, module, callback, before = fit(kind, directory, **learn)
     assert callback.averages is not None
@@ -172,7 +172,7 @@ def results(kind: str, directory: Path) -> dict[str, Any]:
 
 
 class Averaged(Module):
-    """Trains the coefficients of three networks, as its own optimizer."""
+    """Trains the coefficients of three networks with its own optimizer."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         states = [{f"net.{name}": value for name, value in network(seed).state_dict().items()} for seed in range(3)]
@@ -181,7 +181,7 @@ class Averaged(Module):
 
 
 def coefficients(kind: str, directory: Path) -> dict[str, Any]:
-    """Return the coefficients and the weights after a training, and after its second half once more."""
+    """Return the coefficients and the weights after a training, and after its resumed second half."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     actual = []
     for resume in (None, directory / f"step={HALF}.ckpt"):
@@ -201,7 +201,7 @@ class Interrupt(pl.Callback):
 
 
 def interrupted(kind: str, directory: Path) -> dict[str, Any]:
-    """Return what a Trainer says that is interrupted in a validation, and the checkpoints that it has left."""
+    """Return the error of a Trainer that is interrupted in a validation, and its checkpoints."""
     saving = ModelCheckpoint(directory, save_on_exception=True, every_n_epochs=100)
     trainer = trainer_with(kind, directory / "steps", TwaCallback(ema=[DECAY]), Interrupt(), saving)
     rank, ranks = dist.get_rank(), dist.get_world_size()

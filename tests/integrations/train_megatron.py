@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-warnings.simplefilter("ignore")  # of optional kernels for GPUs that are not installed
+warnings.simplefilter("ignore")  # of optional GPU kernels that are not installed
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.optimizer import (  # noqa: E402
@@ -72,7 +72,7 @@ class Training:
             p.data.copy_(copy)
 
     def sharded(self, iteration: int) -> dict[str, Any]:
-        """Return what Megatron-LM saves, as its Float16OptimizerWithFloat16Params does for the optimizer."""
+        """Return the state that Megatron-LM saves, as its Float16OptimizerWithFloat16Params does for the optimizer."""
         weights = self.model.sharded_state_dict()
         ids = get_param_id_to_sharded_param_map(weights, self.model.parameters())
         state = self.optimizer.state_dict()
@@ -105,7 +105,7 @@ def save(directory: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Load a checkpoint into a new training with Megatron-core, on this number of ranks."""
+    """Load a checkpoint into a new training with Megatron-core on this number of ranks."""
     training = Training(1)
     loaded: dict[str, Any] = dist_checkpointing.load(training.sharded(0), str(path))
     names = [name for name, _ in training.model.named_parameters()]
@@ -125,7 +125,7 @@ def require_same(found: dict[Any, Any], wanted: dict[Any, Any]) -> None:
 
 
 def require_average(found: dict[str, Any], steps: list[dict[str, Any]], dtype: torch.dtype) -> None:
-    """Check that weights, and the optimizer's copies, are the average, and the rest is that of the last step."""
+    """Check that the weights and the optimizer's copies are the average, and the rest is from the last step."""
     last = steps[-1]
     assert found["iteration"] == last["iteration"] == STEPS[-1]
     assert found["rng_state"] == last["rng_state"]
@@ -155,7 +155,7 @@ def resume(directory: Path) -> None:
 
 
 def attach(run: Path, out: Path) -> None:
-    """Attach a live model to the checkpoints, whose layers are stacked, and export them in their own form."""
+    """Attach a live model to the checkpoints, whose layers are stacked, and export them in their own format."""
     model = Training(2).model
     average = twa_scale.attach(model, str(run / "iter_*"), {"center": "last", "rename": RENAME, "groups": "tensor"})
     last = load(run / "iter_0001000")["model"]

@@ -23,7 +23,7 @@ STEPS = (9, 19)
 
 
 def save_and_load(directory: Path) -> None:
-    """Save checkpoints as NeMo's strategy does, attach to them, average them in the same form, and load that."""
+    """Save checkpoints as NeMo's strategy does, attach, average them in the same format, and load the result."""
     pl._fix_tensors_device = lambda checkpoint: checkpoint  # it moves tensors to a GPU
     io = pl.MegatronCheckpointIO(save_ckpt_format="torch_dist")
     states: list[dict[str, Tensor]] = []

@@ -1,4 +1,4 @@
-"""Train with transformers' Trainer in all ways: `-m tests.integrations.train_transformers DIRECTORY`."""
+"""Run all trainings with transformers' Trainer: `-m tests.integrations.train_transformers DIRECTORY`."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ ROWS = {**LEARN, "groups": "tensor+row"}
 
 
 class Texts(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Random texts, the same everywhere."""
+    """Random texts, the same on all ranks."""
 
     def __len__(self) -> int:
         return 48
@@ -40,7 +40,7 @@ def settings_of(kind: str) -> dict[str, Any]:
         return {}
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and minutes to compile
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # used for inference only, and compiles for minutes
     zero = {"stage": int(kind[4:]), "stage3_gather_16bit_weights_on_model_save": True}
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return {
@@ -93,7 +93,7 @@ def learned(
 
 
 def train(kind: str, directory: Path, resume: str | None = None, **options: Any) -> Trainer:
-    """Train a small GPT-2 for six steps of two batches; each step is a checkpoint."""
+    """Train a small GPT-2 for six steps of two batches, with a checkpoint at each step."""
     model = build(0)
     set_seed(0)
     args = TrainingArguments(
@@ -120,7 +120,7 @@ def train(kind: str, directory: Path, resume: str | None = None, **options: Any)
 
 
 class Counting(TwaCallback):
-    """Keeps the number of steps that the optimizer of the coefficients has taken."""
+    """Keeps the number of steps of the optimizer of the coefficients."""
 
     learned_steps = 0
 
@@ -131,7 +131,7 @@ class Counting(TwaCallback):
 
 
 class FsdpAccelerator(Accelerator):
-    """An accelerator that takes FSDP on a CPU, too."""
+    """An accelerator that uses FSDP on a CPU."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -141,7 +141,7 @@ class FsdpAccelerator(Accelerator):
 
 
 def write(kind: str, directory: Path) -> None:
-    """Train, and train the second half once more from the checkpoint; leave all results in a directory."""
+    """Train, resume the second half from the checkpoint, and write all results to a directory."""
     if kind == "fsdp2":
         transformers.trainer.Accelerator = FsdpAccelerator
     trainer = train(kind, directory, learn=LEARN, learn_steps=3)

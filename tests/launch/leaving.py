@@ -1,4 +1,4 @@
-"""Pairs of ranks that exit while threads of gloo hold Python tensors. Started by test_ending.py; prints exit codes.
+"""Pairs of ranks that exit while threads of gloo hold Python tensors. test_ending.py starts them.
 
 Ranks are forks of this process, which has imported torch once.
 """
@@ -21,7 +21,7 @@ def leave(directory: str) -> NoReturn:
     with World.from_environment().joined(torch.device("cpu"), directory):
         group = dist.group.WORLD
         assert group is not None
-        kept.append(group)  # with its threads until the interpreter ends, as the caches of torch and DeepSpeed do
+        kept.append(group)  # keeps its threads until the interpreter ends, as the caches of torch and DeepSpeed do
         for _ in range(50):
             group.allgather([[torch.empty(1000), torch.empty(1000)]], [torch.ones(1000)])
     exit_process(75)

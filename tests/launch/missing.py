@@ -1,4 +1,4 @@
-"""Ranks, one of which does not join a collective. Started by test_missing.py."""
+"""Ranks, one of which does not join a collective. test_missing.py starts them."""
 
 import os
 import signal

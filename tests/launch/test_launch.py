@@ -1,4 +1,4 @@
-"""`launch` says what it runs, refuses what cannot run, and the scripts beside it run the same, once for real each.
+"""`launch` prints the command that it runs, refuses invalid settings, and is equivalent to the scripts in launch/.
 
 That of DeepSpeed is in tests/commands/test_deepspeed.py.
 """
@@ -86,7 +86,7 @@ def test_two_ranks(launcher: str, settings: str, config: Path, tmp_path: Path, a
 
 @pytest.mark.slow
 def test_failing_run_under_mpirun_reports_once(config: Path, tmp_path: Path) -> None:
-    """All ranks raise the same error; the one that speaks is not ended before it has."""
+    """All ranks raise the same error. The rank that prints it is not ended before it has printed."""
     words = ["mpirun", "-n", "2", sys.executable, *RUN, str(config), "batch_size=13"]
     ended = subprocess.run(words, cwd=ROOT, env=os.environ | MPI, timeout=400, capture_output=True, text=True)
     assert ended.returncode != 0
@@ -94,7 +94,7 @@ def test_failing_run_under_mpirun_reports_once(config: Path, tmp_path: Path) -> 
     assert "Traceback" not in ended.stderr
 
 
-# What is printed
+# The printed command
 
 
 def printed(launcher: str, **options: Any) -> list[str]:
@@ -157,7 +157,7 @@ def test_missing_launcher(shell: Any, config: Path, monkeypatch: pytest.MonkeyPa
     for launcher, package in {"mpi": "openmpi-bin", "slurm": "slurm-client"}.items():
         result = shell("launch", config, "--with", launcher)
         assert result.code == 2 and package in result.err
-        result = shell("launch", config, "--with", launcher, "--dry-run")  # to be run elsewhere
+        result = shell("launch", config, "--with", launcher, "--dry-run")  # for another machine
         assert result.code == 0 and shlex.split(result.out) == Launch(str(config)).command(launcher)  # type: ignore[arg-type]
 
 
@@ -193,7 +193,7 @@ def test_missing_launcher(shell: Any, config: Path, monkeypatch: pytest.MonkeyPa
 def test_script_runs_the_printed_command(
     script: str, variables: dict[str, str], launcher: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With a recorder in the place of the program that each of them would become."""
+    """The program is replaced by one that records its arguments."""
     recorder = tmp_path / "mpirun"
     recorder.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     recorder.chmod(0o755)

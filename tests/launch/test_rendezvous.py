@@ -45,7 +45,7 @@ def test_ranks_connect_in_any_order_and_remove_their_file(tmp_path: Path, late: 
 
 @contextmanager
 def listening(answer: Callable[[socket.socket], object]) -> Iterator[int]:
-    """Run an unrelated server on the port of an earlier job."""
+    """Run another server on the port of an earlier job."""
     with socket.create_server(("localhost", 0)) as server:
 
         def serve() -> None:
@@ -120,7 +120,7 @@ def test_directory_that_cannot_be_created(tmp_path: Path) -> None:
 
 
 def in_a_group(directory: Path) -> float:
-    """Sum over the group that `World.joined` makes in place of the pool's own group."""
+    """Sum over the group that `World.joined` creates instead of the group of the pool."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     try:
@@ -128,7 +128,7 @@ def in_a_group(directory: Path) -> float:
             total = torch.tensor(rank + 1.0)
             dist.all_reduce(total)
     finally:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the pool to take down
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the pool destroys it
     return total.item()
 
 

@@ -14,7 +14,7 @@ HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "6", "MPI_LOCALRANKID": "2"}
 PALS = {"PMI_RANK": "5", "PMI_SIZE": "6", "PMI_LOCAL_RANK": "2"}
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4"}
 STEP = BATCH | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-INTERACTIVE = BATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}  # salloc with a step of its own
+INTERACTIVE = BATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}  # salloc, with a step of its own
 ALONE = (0, 1, 0)
 
 
@@ -31,7 +31,7 @@ ALONE = (0, 1, 0)
         (INTERACTIVE, ALONE, "slurm"),
         (TORCHRUN | STEP, (3, 8, 1), "torchrun"),  # srun torchrun
         (TORCHRUN | OPEN_MPI, (3, 8, 1), "torchrun"),  # mpirun torchrun
-        (OPEN_MPI | STEP, (2, 4, 0), "mpi"),  # mpirun reaches its nodes by srun
+        (OPEN_MPI | STEP, (2, 4, 0), "mpi"),  # mpirun starts its daemons with srun
         (OPEN_MPI | BATCH, (2, 4, 0), "mpi"),
         (HYDRA | STEP, (5, 6, 2), "mpi"),
         (STEP | {"PMI_RANK": "3", "PMI_SIZE": "4"}, (3, 4, 1), "slurm"),  # srun --mpi=pmi2

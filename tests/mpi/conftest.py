@@ -1,4 +1,4 @@
-"""A real mpirun."""
+"""A fixture that runs mpirun."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ Mpirun = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def mpirun() -> Mpirun:
-    """Run `python -m MODULE ...` on ranks that mpirun starts, and return how it ended."""
+    """Run `python -m MODULE ...` on ranks that mpirun starts, and return the results."""
     program = shutil.which("mpirun")
     if program is None:
         pytest.fail("mpirun is not installed: these tests need Debian's openmpi-bin (`make setup` as root).")

@@ -34,7 +34,7 @@ def train(model: torch.nn.Module, config: dict[str, Any], group: Group, **option
 
 
 def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the whole parameters, on every rank, as the next forward pass would use them."""
+    """Return the whole parameters on every rank, as the next forward pass uses them."""
     if isinstance(model, FSDPModule):
         model.reshard()
     parameters = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
@@ -47,7 +47,7 @@ def replicas() -> dict[str, Any]:
 
 
 def sharded() -> dict[str, Any]:
-    """Train FSDP2 over gloo with coefficient gradients over MPI; then the same as pods of two ranks."""
+    """Train FSDP2 over gloo with coefficient gradients over MPI; then the same in pods of two ranks."""
     with World.from_environment().joined(torch.device("cpu")):
         group, config = Group.world(), CONFIGS["block"] | {"comm": "mpi"}
         result = {"block": train(models.wrap(models.build(seed=99, scalar_shape=(1,)), "fsdp2"), config, group)}
@@ -112,7 +112,7 @@ def dies() -> dict[str, Any]:
 
 
 def lost() -> dict[str, Any]:
-    """Let one rank not reach the server of rank 0."""
+    """One rank does not reach the server of rank 0."""
     world = World.from_environment()
     cut_off = patch.object(rendezvous, "connect", side_effect=OSError("rank 0 is not reachable"))
     with cut_off if world.rank == 1 else nullcontext(), world.joined(torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""What both sides of these tests know."""
+"""Settings that the tests and their script share."""
 
 from typing import Any
 

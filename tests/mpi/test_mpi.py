@@ -18,7 +18,7 @@ SIZES = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytes
 
 @pytest.fixture(scope="session")
 def launched(mpirun: Mpirun, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
-    """Return the results of each case, by rank, for a number of ranks. One launch of each number runs all cases.
+    """Return the results of each case by rank for a number of ranks. One launch for each number runs all cases.
 
     A fixture with the number as its parameter would launch again each time that pytest changes between numbers.
     """

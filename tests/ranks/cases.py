@@ -1,4 +1,4 @@
-"""What ranks run: module-level functions that train the judged model and return plain tensors."""
+"""Functions that ranks run: they train the test model and return plain tensors."""
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ BATCH = 12
 
 @dataclass
 class Run:
-    """One run to make: how the model is held, what is trained, and how many backward passes make a step."""
+    """One run: how the model is wrapped, what is trained, and the number of backward passes per step."""
 
     config: dict[str, Any]
     steps: int = NUM_STEPS
@@ -33,7 +33,7 @@ class Run:
 
 @dataclass
 class Ended:
-    """How a run ended on one rank: its weights, gathered, and its coefficients; or the error as text."""
+    """The result of a run on one rank: its weights, gathered, and its coefficients; or the error as text."""
 
     weights: dict[str, Tensor]
     coefficients: Tensor
@@ -45,7 +45,7 @@ class Ended:
 
 
 def train_all(engine: str, runs: Mapping[str, Run]) -> dict[str, Ended]:
-    """Make all runs, one after another, in this process group."""
+    """Do all runs, one after another, in this process group."""
     return {name: _try(engine, run) for name, run in runs.items()}
 
 
@@ -67,7 +67,7 @@ def train(engine: str, run: Run) -> Ended:
 
 
 def attach(engine: str, run: Run, states: Sequence[Any] | None = None) -> tuple[nn.Module, Any]:
-    """A fresh model with values of its own, which the candidates have to overwrite, and its average."""
+    """Return a new model with its own values, which attaching overwrites, and its average."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if run.bf16 else None
     shape = (1,) if engine in zero.ENGINES else run.scalar_shape  # DeepSpeed cannot broadcast a parameter of shape ()
     model: nn.Module = models.build(seed=99, scalar_shape=shape)
@@ -80,11 +80,11 @@ def attach(engine: str, run: Run, states: Sequence[Any] | None = None) -> tuple[
 
 
 def one_step(model: nn.Module, twa: Any, step: int, accumulate: int = 1) -> None:
-    """One TWA step on this rank's part of batch `step`."""
+    """Take one step on this rank's part of batch `step`."""
     rank, size = meshes.data_place(model, *where())
     for pass_ in range(accumulate):
         loss = models.loss(model, micro_batches(step, size, accumulate)[rank * accumulate + pass_])
-        if is_deepspeed(model):  # divides and counts by itself
+        if is_deepspeed(model):  # DeepSpeed divides and counts by itself
             model.backward(loss)
             twa.step()
             twa.zero_grad()
@@ -96,18 +96,18 @@ def one_step(model: nn.Module, twa: Any, step: int, accumulate: int = 1) -> None
 
 
 def micro_batches(step: int, size: int, accumulate: int = 1) -> list[models.Batch]:
-    """The parts of batch `step`, in the order of the ranks and, within a rank, of its backward passes."""
+    """Return the parts of batch `step`, in the order of ranks and, within a rank, of its backward passes."""
     data = models.batch(step, BATCH)
     return [models.part(data, i, size * accumulate) for i in range(size * accumulate)]
 
 
 def where() -> tuple[int, int]:
-    """This rank and the number of ranks; (0, 1) without a process group."""
+    """Return this rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def complaint(call: Callable[[], object]) -> str:
-    """What a call says when it is refused, or nothing: pytest.raises would end a rank."""
+    """Return the error message of a call, or an empty text. pytest.raises would end a rank."""
     try:
         call()
     except TwaError as error:
@@ -116,7 +116,7 @@ def complaint(call: Callable[[], object]) -> str:
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters by their plain names, on every rank; what the next forward pass would use."""
+    """Return whole parameters by their plain names on every rank, as the next forward pass uses them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

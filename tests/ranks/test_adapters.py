@@ -1,4 +1,4 @@
-"""Adapters of PEFT on several ranks: DDP and FSDP2 train what a plain model trains, and read the adapters only."""
+"""PEFT adapters on several ranks: DDP and FSDP2 train like a plain model, and read only the adapters."""
 
 import warnings
 from pathlib import Path
@@ -38,7 +38,7 @@ def wrapped(model: Any, engine: str) -> Any:
 
 
 def trained(engine: str, start: str, paths: list[str], space: str, out: str) -> tuple[Tensor, int]:
-    """Two steps on batches that differ by rank, or, alone, on all of them; returns coefficients and bytes read."""
+    """Take two steps on this rank's batches. Return coefficients and bytes read."""
     torch.manual_seed(0)
     model = wrapped(adapters.load(start, trainable=True), engine)
     config = {"space": space, "groups": "block", "optimizer": {"name": "sgd", "lr": 10.0}}
@@ -70,7 +70,7 @@ def test_ranks_train_what_one_process_trains(space: str, ranks: Pool, tmp_path: 
     plain, read = trained("plain", start, paths, space, str(tmp_path / "plain"))
     assert read == nbytes
     expected = adapters.logits(adapters.load(tmp_path / "plain"))
-    assert float((plain - 1 / 3).abs().max()) > 1e-3  # it has learned something
+    assert float((plain - 1 / 3).abs().max()) > 1e-3  # the coefficients have changed
     for engine in ("fsdp2", "ddp" if space == "product" else "zero3"):
         out = str(tmp_path / engine)
         (first, read_first), (second, read_second) = ranks(
@@ -115,8 +115,8 @@ class AdapterTask:
 
 
 def built(engine: str, start: str, paths: list[str]) -> Tensor:
-    """What the model of a run computes with the last of its candidates."""
-    seen = paths if torch.distributed.get_rank() == 0 else ["elsewhere/*"]  # one rank looks for all
+    """Return the output of the model of a run with the last of its candidates."""
+    seen = paths if torch.distributed.get_rank() == 0 else ["elsewhere/*"]  # rank 0 searches for all ranks
     settings = {
         "candidates": seen,
         "task": {"name": "a:b"},
@@ -141,7 +141,7 @@ def built(engine: str, start: str, paths: list[str]) -> Tensor:
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_runs_have_the_weights_of_the_base_model(engine: str, ranks: Pool, tmp_path: Path) -> None:
-    """The models of runs are built without values, which candidates fill in; adapters do not."""
+    """Runs build models without values, which candidates fill in. Adapters need those of the base model."""
     paths = [adapters.save(adapters.adapted(seed=i), tmp_path / f"step-{i}") for i in range(2)]
     expected = adapters.logits(adapters.load(paths[-1]))
     for actual in ranks(built, 2, engine=engine, start=paths[0], paths=paths, timeout=120):

@@ -1,4 +1,4 @@
-"""Recalibrated BatchNorm statistics are those that one process measures on all batches."""
+"""Recalibrated BatchNorm statistics equal those that one process measures on all batches."""
 
 from itertools import product
 from typing import Any
@@ -33,7 +33,9 @@ def recalibrate(engine: str) -> dict[str, Any]:
     model.eval()
     norm.momentum = 0.3
     twa.recalibrate_batchnorm(batches()[rank::size])
-    modes = [module.training for module in model.modules() if not is_deepspeed(module)]  # whose own flag never moves
+    modes = [
+        module.training for module in model.modules() if not is_deepspeed(module)
+    ]  # the flag of the wrapper itself never changes
     return {
         "weights": cases.gathered(model),
         "mean": norm.running_mean,
@@ -43,7 +45,7 @@ def recalibrate(engine: str) -> dict[str, Any]:
 
 
 class ByKeyword(nn.Module):
-    """What torch's update_bn can call: a dict is one input."""
+    """A model that torch's update_bn can call: a dict is one input."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`combine: forward`: each unit of FSDP2 is written when it is gathered, and nobody can tell but by looking."""
+"""`combine: forward` writes each unit of FSDP2 when it is gathered, with the same results as `combine: step`."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +22,7 @@ UNITS = {"root": "embed.weight", "first": "blocks.0.qkv.weight", "second": "bloc
 
 
 def build(mode: str) -> Any:
-    """Return the test model, sharded in a way that determines when and how FSDP2 gathers."""
+    """Return the test model, sharded so that FSDP2 gathers in a given way."""
     model: Any = models.build(seed=99)
     if mode in ("hsdp", "fsdp2-tp"):
         return models.wrap(model, mode)
@@ -206,7 +206,7 @@ def refuse(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "ddp", *flattened.ENGINES, "tp", "nothing"])
 def test_models_without_a_hook_for_units_are_refused(ranks: Pool, mode: str) -> None:
-    """These are engines without a hook for units, and FSDP2 models whose `unshard` other code has replaced."""
+    """These are engines without a hook for units, and FSDP2 models whose `unshard` was replaced by other code."""
     message = str(ranks.error(refuse, 2, mode=mode))
     assert "combine: 'forward'" in message and "set `combine: step`" in message
     assert ("replaced its unshard" in message) == (mode == "nothing")

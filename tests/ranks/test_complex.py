@@ -1,4 +1,4 @@
-"""Complex tensors are averaged as pairs of real numbers: by `average`, by `attach` on every engine, in every store."""
+"""Complex tensors are averaged as pairs of real numbers: by `average`, and by `attach` on every engine and store."""
 
 from pathlib import Path
 from typing import Any

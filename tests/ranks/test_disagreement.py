@@ -1,4 +1,4 @@
-"""Ranks with different candidates, settings or metrics: the same error on every rank, or a correct result."""
+"""Ranks with different candidates, settings or metrics have the same error on every rank, or a correct result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Every engine at every number of ranks does what one process with whole float64 candidates does."""
+"""Every engine at every number of ranks gives the result of one process with whole float64 candidates."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -25,7 +25,7 @@ SGD = {"delta": {"name": "sgd", "lr": 0.005, "momentum": 0.9}, "weight": {"name"
 
 
 def _grid() -> dict[str, Run]:
-    """Every basis with every grouping; optimizers and units turn: each basis and each grouping sees all four."""
+    """Return every basis with every grouping. Optimizers and units alternate."""
     settings = list(product(["delta", "weight"], [ADAMW, SGD]))
     runs = {}
     for (i, basis), (j, grouping) in product(enumerate(BASES), enumerate(GROUPINGS)):
@@ -102,14 +102,14 @@ INCREMENTS = {
     for name, config in IN_INCREMENTS.items()
 }
 # Every engine makes one long run at every number of ranks. The others differ in what is set up before the first step.
-# Corrections of rows and increments take six steps to be seen: tests below require it.
+# Corrections of rows and increments need six steps to have an effect, which tests below require.
 LONG = "normalized-block"
 ALL = {
     name: run if name == LONG else replace(run, steps=6 if name in INCREMENTS or "rows" in name else 4)
     for name, run in (GRID | MORE | ROUNDED | INCREMENTS).items()
 }
 
-# Every basis, every grouping, and two passes a step.
+# Every basis and every grouping, with two passes per step.
 EACH_ONCE = [LONG, "orthonormal-tensor", "pca-global", "simplex-patterns", "accumulated", "rows"]
 PLACES = [(engine, size) for engine in ENGINES for size in SIZES]
 PLACES += [(engine, size) for engine in flattened.ENGINES for size in SIZES]
@@ -118,7 +118,7 @@ PLACES += [(engine, size) for engine in meshes.ENGINES for size in meshes.SIZES[
 
 
 def runs_of(engine: str, size: int) -> list[str]:
-    """All that a user can set on the first engines with two ranks; only engines know their number of ranks."""
+    """Return all settings for the first engines with two ranks. Engines determine their number of ranks."""
     if engine in flattened.ENGINES:
         return [LONG, "orthonormal-tensor", "accumulated", "rows", "scalar-of-shape-1", "increments-normalized"]
     if engine in zero.ENGINES:
@@ -130,7 +130,7 @@ def runs_of(engine: str, size: int) -> list[str]:
 
 
 def options_of(engine: str, size: int, name: str) -> list[str]:
-    """What `make test` has to pair: an engine and its ranks with the basis, groups, units and optimizer of a run."""
+    """Return the options to pair in `make test`: an engine with its ranks, and the settings of a run."""
     if name not in GRID:
         return [engine, str(size), name]
     config = GRID[name].config
@@ -139,7 +139,7 @@ def options_of(engine: str, size: int, name: str) -> list[str]:
 
 
 def group_of(engine: str, size: int, *_: object) -> str:
-    """One process makes all runs of an engine at a number of ranks."""
+    """Return the mark with which one process makes all runs of an engine at a number of ranks."""
     return f"equality-{engine}-{size}"
 
 
@@ -155,13 +155,13 @@ Ends = Callable[[str, int], list[dict[str, Ended]]]
 
 
 def together(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Return cases that begin with engine and size, for the process that makes the runs of these."""
+    """Return cases that begin with engine and size, with the mark of the process that makes their runs."""
     return [pytest.param(*case, marks=pytest.mark.xdist_group(group_of(*case))) for case in cases]
 
 
 @pytest.fixture(scope="session")
 def ends(ranks: Pool, request: pytest.FixtureRequest) -> Ends:
-    """The runs of one engine and number of ranks that tests ask for, made once: a list by rank of results by name."""
+    """Return the runs of one engine and number of ranks, made once: a list by rank of results by name."""
     positions = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     asked = {(p["engine"], p["size"], p["name"]) for p in positions if p.keys() >= {"engine", "size", "name"}}
 
@@ -170,7 +170,7 @@ def ends(ranks: Pool, request: pytest.FixtureRequest) -> Ends:
         runs = {name: ALL[name] for name in runs_of(engine, size) if (engine, size, name) in asked}
         try:
             return ranks(cases.train_all, size, timeout=60 + 15 * len(runs), engine=engine, runs=runs)
-        except AssertionError as failure:  # a hang costs its time once
+        except AssertionError as failure:  # the time limit of a hang applies once
             return failure
 
     def checked(engine: str, size: int) -> list[dict[str, Ended]]:
@@ -191,7 +191,7 @@ def expected(name: str, size: int) -> reference.Trained:
 
 
 def errors(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Relative error of each tensor, in norm."""
+    """Return the relative error of each tensor, in norm."""
     assert weights.keys() == expected.keys()
     return {name: float((weights[name].double() - w).norm() / w.norm()) for name, w in expected.items()}
 
@@ -219,7 +219,7 @@ class TestEquality:
             assert by_name[name].distance == pytest.approx(distance, rel=1e-4)
 
     def test_coefficients_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
-        """Also where dependent candidates leave several a to choose from: then they must give the right weights."""
+        """If dependent candidates allow several coefficients, they must give the right weights."""
         target = expected(name, meshes.data_ranks(engine, size))
         ended = ends(engine, size)[0][name]
         assert not ended.error, ended.error
@@ -251,14 +251,14 @@ TOLERANCES = {"dense16": 1e-2, "packed8": 1e-2, "packed4": 3e-2, "mapped": 1e-5}
 
 @pytest.mark.parametrize(("engine", "size", "name"), together((e, 2, store) for e in ENGINES for store in TOLERANCES))
 def test_stores_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
-    """Deltas are rounded by the store, gradients and weights are not; `mapped` rounds nothing."""
+    """The store rounds deltas, not gradients and weights. `mapped` rounds nothing."""
     for by_name in ends(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], TOLERANCES[name])
 
 
 @pytest.mark.parametrize(("engine", "size", "name"), CASES_OF_INCREMENTS)
 def test_increments_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
-    """Rows are of increments and codes are rounded; bases, starts, centers and coefficients are what they were."""
+    """Rows are increments with rounded codes. Bases, starts, centers and coefficients are not rounded."""
     target = expected(name, meshes.data_ranks(engine, size))
     for by_name in ends(engine, size):
         require_close(by_name[name], target.weights[-1], 1e-2)
@@ -277,7 +277,7 @@ def test_increments_move_farther_than_their_tolerance() -> None:
 
 @pytest.mark.parametrize(("engine", "size", "name"), together([("fsdp2", 2, "bfloat16")]))
 def test_bfloat16_computation_stays_near(ends: Ends, engine: str, size: int, name: str) -> None:
-    """The gradients of MixedPrecisionPolicy(param_dtype=bfloat16) are rounded; the weights stay float32."""
+    """Gradients of MixedPrecisionPolicy(param_dtype=bfloat16) are rounded. The weights remain float32."""
     for by_name in ends(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], 3e-2)
         assert all(value.dtype == torch.float32 for value in by_name[name].weights.values())
@@ -285,14 +285,14 @@ def test_bfloat16_computation_stays_near(ends: Ends, engine: str, size: int, nam
 
 @pytest.mark.parametrize(("engine", "size", "name"), together((e, 2, "bfloat16") for e in zero.ENGINES))
 def test_bfloat16_copies_of_the_weights_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
-    """DeepSpeed shows its bfloat16 copies. Its gradients are rounded, too."""
+    """DeepSpeed returns its bfloat16 copies. Its gradients are rounded, too."""
     for by_name in ends(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], 1e-2)
         assert all(value.dtype == torch.bfloat16 for value in by_name[name].weights.values())
 
 
 def test_rows_have_corrections_of_their_own() -> None:
-    """The reference ends elsewhere without them, farther than the tolerance."""
+    """Without the corrections the result of the reference differs by more than the tolerance."""
     for name in ("rows", "rows-of-blocks", "rows-clipped"):
         run = ALL[name]
         groups = str(run.config["groups"]).removesuffix("+row")
@@ -304,7 +304,7 @@ def test_rows_have_corrections_of_their_own() -> None:
 
 
 def test_training_moves_the_weights() -> None:
-    """The tests above mean something: every run went farther than ten times the tolerance, in every trained group."""
+    """Every run changes every trained group by more than ten times the tolerance of the tests above."""
     for name in [*GRID, *MORE]:
         result = expected(name, 1)
         for group, members in result.groups.items():

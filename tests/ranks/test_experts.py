@@ -1,4 +1,4 @@
-"""One coefficient for each expert, in modules of their own or stacked in one tensor that ranks cut anywhere."""
+"""One coefficient for each expert, in separate modules or stacked in one tensor that ranks divide anywhere."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +23,7 @@ SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 
 
 class Stacked(nn.Module):
-    """All experts in one tensor each for up, its bias, and down."""
+    """All experts, stacked in one tensor for up, its bias, and down."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 class Mixture(nn.Module):
-    """The experts of the first layer are stacked, or not; those of the second never are."""
+    """The experts of the first layer are stacked or not; those of the second layer never are."""
 
     def __init__(self, stacked: bool = True) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def states() -> list[dict[str, Tensor]]:
 
 
 def apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, with the experts of the first layer in modules of their own."""
+    """Return the same values, with the experts of the first layer in separate modules."""
     actual: dict[str, Tensor] = {}
     for name, value in state.items():
         path, _, last = name.rpartition(".")
@@ -200,7 +200,7 @@ def test_experts_are_trained_as_those_of_the_reference(
 
 
 def learn(engine: str, store: str, basis: str, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
-    """Train the coefficients of a window from memory, and from the files that it writes of its snapshots.
+    """Train the coefficients of a window in memory, and of the files with its snapshots.
 
     Returns:
         The weights and coefficients `a` of both, and whether `restore` has given the trained weights back.

@@ -1,4 +1,4 @@
-"""fairscale: tensors dealt out to ranks by OSS, and flat parameters as far as they go without a GPU."""
+"""fairscale: OSS, which assigns tensors to ranks, and flat parameters as far as they work without a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,14 +32,14 @@ def sharded(bucket: int) -> Any:
 
 
 def train(bucket: int, accumulate: int, no_sync: bool) -> tuple[dict[str, Tensor], Tensor, set[str], list[int]]:
-    """Train with evaluations in between, which make fairscale drop its hooks and buckets; return the weights."""
+    """Train with evaluations in between, after which fairscale drops its hooks and buckets. Return the weights."""
     rank, size = cases.where()
     model = sharded(bucket)
     twa = twa_scale.attach(model, candidates(), CONFIG)
     for step in range(5):
         parts = batches(step, size)[rank].chunk(accumulate)
         for i, part in enumerate(parts):
-            model._should_accumulate_grads = no_sync and i + 1 < len(parts)  # what no_sync() sets
+            model._should_accumulate_grads = no_sync and i + 1 < len(parts)  # as no_sync() sets it
             (loss(model, part) / accumulate).backward()
             if not no_sync:
                 model.eval()
@@ -99,7 +99,7 @@ def test_unreduced_gradients_are_refused_and_kept(ranks: Pool, bucket: int) -> N
 
 
 def fully_sharded(flatten: bool, deep: bool = True) -> Any:
-    """The net under fairscale's FullyShardedDataParallel, nested; frozen tensors may not be flattened with others."""
+    """Return the net in nested FullyShardedDataParallel. Frozen tensors must not be flattened with others."""
     net: Any = build(seed=9).requires_grad_(True)
     options: dict[str, Any] = {
         "process_group": dist.group.WORLD,  # fairscale would keep groups of its own from one test to the next
@@ -119,7 +119,7 @@ def without_forward(flatten: bool, directory: Path) -> tuple[dict[str, tuple[int
     model = fully_sharded(flatten)
     twa = twa_scale.attach(model, candidates(), CONFIG)
     engine = choose_engine(model)
-    for p in model.parameters():  # as its backward pass would leave them, if all gradients were one
+    for p in model.parameters():  # as its backward pass sets them, if all gradients were one
         p.grad = torch.ones_like(p)
     twa.step()
     left = [p for p in model.parameters() if p.grad is not None]
@@ -199,7 +199,7 @@ def with_forward(flatten: bool, accumulate: int) -> tuple[dict[str, Tensor], Ten
     """Train. Return the weights, the coefficients, and the losses of candidate 1 and of the restored weights."""
     rank, size = cases.where()
     with streams_that_do_nothing():
-        # fairscale takes a gradient of one element for one of no_sync(): accumulated, it is divided twice.
+        # fairscale treats a gradient of one element as one of no_sync(): when accumulated, it is divided twice.
         model = fully_sharded(flatten, deep=accumulate == 1)
         twa = twa_scale.attach(model, candidates(), CONFIG)
         for step in range(5):
@@ -208,7 +208,7 @@ def with_forward(flatten: bool, accumulate: int) -> tuple[dict[str, Tensor], Ten
             twa.step()
             twa.zero_grad()
         with torch.no_grad():
-            loss(model, batches(0, 1)[0])  # leaves the root's weights gathered
+            loss(model, batches(0, 1)[0])  # keeps the weights of the root gathered
             with twa.weights(1):
                 displayed = float(loss(model, batches(0, 1)[0]))
             shown_loss = float(loss(model, batches(0, 1)[0]))

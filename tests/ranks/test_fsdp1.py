@@ -1,4 +1,4 @@
-"""FSDP1 in every way to wrap and to shard: held to the reference, seen by the next forward, refused where it cannot."""
+"""FSDP1 with every way to wrap and to shard: compared with the reference, and refused if unsupported."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -138,7 +138,7 @@ def wrap(kind: str, orig: bool) -> Any:
     if kind != "ignored":
         for i, layer in enumerate(net.layers):
             net.layers[i] = layer if isinstance(layer, FullyShardedDataParallel) else inner(layer)
-    if kind == "no-root":  # the embedding and what is unused stay ordinary parameters
+    if kind == "no-root":  # the embedding and what is unused remain ordinary parameters
         return net
     model: Any = outer(net)
     return torch.compile(model, backend="eager") if kind == "compiled" else model
@@ -160,7 +160,7 @@ def train(kinds: list[str], orig: bool) -> dict[str, Any]:
             twa.step()
             twa.zero_grad()
         with torch.no_grad():
-            loss(model, batches(0, 1)[0])  # may leave gathered weights behind
+            loss(model, batches(0, 1)[0])  # may leave gathered weights
             with twa.weights(1):
                 displayed = loss(model, batches(0, 1)[0])
             restored_loss = loss(model, batches(0, 1)[0])
@@ -217,7 +217,7 @@ def test_all_wrappings_match_the_reference(ranks: Pool, size: int, orig: bool, k
             assert displayed == pytest.approx(candidate, rel=tolerance), kind
             assert restored_loss == pytest.approx(loss_of(target), rel=tolerance), kind
     assert abs(candidate - loss_of(target)) > 0.035 * candidate, "the weights that are shown make no difference"
-    if size == 2 and orig:  # the test means something: weights are split, but where they should not be
+    if size == 2 and orig:  # weights are split, except where they should not be
         stored = {kind: results[0][kind][-1] + results[1][kind][-1] for kind in ("deep", "no-shard")}
         assert stored["no-shard"] == 2 * stored["deep"]
 
@@ -231,7 +231,7 @@ def unreduced(kind: str, orig: bool) -> tuple[str, dict[str, Tensor], dict[str, 
         twa = twa_scale.attach(model, candidates(), CONFIG)
         for step in range(2):
             if disturbed:
-                with model.no_sync() if step == 0 else nullcontext():  # then reduced ones come first
+                with model.no_sync() if step == 0 else nullcontext():  # then reduced gradients come first
                     loss(model, batches(7, size)[rank]).backward()
                 with model.no_sync():
                     loss(model, batches(8, size)[rank]).backward()
@@ -279,7 +279,7 @@ def refused(kind: str) -> None:
             net.layers[0] = hold(net.layers[0], sharding_strategy=HYBRID, device_mesh=init_device_mesh("cpu", (2, 2)))
             group = net.layers[0].process_group
             model = hold(net, process_group=group)
-        case _:  # another torch
+        case _:  # as in another version of torch
             model = hold(net)
             del model._handle.flat_param._numels_with_padding
     twa_scale.attach(model, candidates(), CONFIG, replica_group=replicas)

@@ -1,4 +1,4 @@
-"""Gradients: freed when they are projected, forgotten when asked, refused when they are not finite."""
+"""Gradients are freed when they are projected, forgotten on request, and refused if they are not finite."""
 
 from contextlib import nullcontext
 from itertools import product
@@ -130,7 +130,7 @@ def step_inside_no_sync() -> tuple[str, str, bool]:
     twa.zero_grad()
     loss = models.loss(model, own_part(1))
     with torch.no_grad():
-        models.loss(model, own_part(2))  # of which DDP remembers that it was not to synchronize
+        models.loss(model, own_part(2))  # DDP remembers that it does not synchronize them
     loss.backward()
     return refused, averaged, twa.step()
 
@@ -328,14 +328,14 @@ def test_a_backward_pass_of_other_weights_is_refused(ranks: Pool, engine: str, c
 def train_after_a_refusal(engine: str, refused: bool) -> dict[str, torch.Tensor]:
     model, twa = cases.attach(engine, RUN)
     if refused:
-        backward(model, models.loss(model, own_part(0)))  # of a step that is given up
+        backward(model, models.loss(model, own_part(0)))  # of a step that is abandoned
 
         def train() -> None:
             with twa.weights("last"):
                 backward(model, models.loss(model, own_part(0)))
 
         assert "backward() inside weights()" in cases.complaint(train)
-        if engine == "plain":  # without zero_grad the next step refuses what it has
+        if engine == "plain":  # without zero_grad the next step refuses these gradients
             assert "backward() inside weights()" in cases.complaint(twa.step)
         twa.zero_grad()
     cases.one_step(model, twa, 1)

@@ -1,4 +1,4 @@
-"""A parameter that DDP was told to ignore: nobody has averaged its gradient before it is projected."""
+"""Parameters that DDP ignores: their gradients are averaged before they are projected."""
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Scaled(nn.Module):
 
 
 def coefficients(ddp: bool) -> Tensor:
-    """One step on batches that differ by rank, or, alone, on all of them."""
+    """Take one step on batches that differ by rank or, on one rank, on all of them."""
     net: nn.Module = Scaled()
     generator = torch.Generator().manual_seed(1)
     stored = [

@@ -1,4 +1,4 @@
-"""What a script does to the model behind the average's back: refused at the next step, on every rank; or used."""
+"""Changes that a script makes to the model: they are used, or refused on every rank at the next step."""
 
 import warnings
 from collections.abc import Callable
@@ -148,7 +148,7 @@ def test_reads_between_steps_are_not_reported(ranks: Pool, engine: str) -> None:
 
 
 def between_steps(engine: str) -> dict[str, Tensor]:
-    """Evaluate, gather, save and swap in other weights. None of these writes the live weights for good."""
+    """Evaluate, gather, save and swap in other weights. None of these changes the live weights permanently."""
     model, twa = cases.attach(engine, RUN)
     for step in range(3):
         cases.one_step(model, twa, step)

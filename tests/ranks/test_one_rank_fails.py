@@ -1,4 +1,4 @@
-"""An error on one rank is raised on all ranks if they can agree on it; else the other ranks end and name the rank."""
+"""An error on one rank is raised on all ranks if they can communicate. Otherwise the other ranks end and name it."""
 
 import os
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def recalibrate(engine: str, mode: str) -> tuple[str, bool]:
         twa.recalibrate_batchnorm(data())
     except (ValueError, RuntimeError) as error:
         message = str(error)
-    assert sum(Group.world().gather(1)) == size  # the ranks are still together
+    assert sum(Group.world().gather(1)) == size  # the ranks are still synchronized
     return message, all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
@@ -144,8 +144,8 @@ def fails(method: str, call: int) -> Fails:
 @pytest.mark.parametrize(
     ("engine", "method", "timeout"),
     [
-        ("plain", "loss", 50.0),  # long: the other rank hears of it before
-        ("fsdp2", "metrics", 6.0),  # it waits within a forward pass: here the failing process, and its group, live on
+        ("plain", "loss", 50.0),  # long: the other rank is notified earlier
+        ("fsdp2", "metrics", 6.0),  # it waits within a forward pass; the failing process and its group still exist
     ],
 )
 def test_task_fails_in_a_run(

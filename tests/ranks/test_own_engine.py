@@ -1,4 +1,4 @@
-"""The engine that docs/add-an-engine.md shows does what the page says."""
+"""The engine in docs/add-an-engine.md works as described there."""
 
 import re
 from dataclasses import replace
@@ -91,7 +91,7 @@ def test_missing_attribute_is_refused_at_construction(attribute: str) -> None:
 
 
 def attach_to_a_part(held: str) -> None:
-    """Attach to an engine whose last rank omits a tensor, holds one twice, or renames one."""
+    """Attach to an engine whose last rank omits a tensor, has one twice, or renames one."""
     engine = shown()(models.build())
     spans, last = engine.spans(), cases.where()[0] == cases.where()[1] - 1
     if last:

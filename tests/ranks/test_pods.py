@@ -28,7 +28,7 @@ from twa_scale.average.rows.exchange import RowExchange
 from twa_scale.config.kinds import RowDtype
 from twa_scale.ranks import Group, Pods, Reduction
 
-LAYOUTS: dict[str, list[tuple[str, int]]] = {  # engine and ranks of every pod
+LAYOUTS: dict[str, list[tuple[str, int]]] = {  # the engine and the ranks of every pod
     "2 x 2 fsdp2": [("fsdp2", 2)] * 2,
     "2 x 2 ddp": [("ddp", 2)] * 2,
     "3 x 1 plain": [("plain", 1)] * 3,
@@ -51,13 +51,13 @@ Layout = list[tuple[str, int]]
 
 
 def runs_of(layout: Layout) -> dict[str, Run]:
-    """Return the runs that pods of these sizes can make: rows need equal pods."""
+    """Return the runs that pods of these sizes support. Corrections of rows need equal pods."""
     return RUNS | ({"rows": ROWS} if len({size for _, size in layout}) == 1 else {})
 
 
 @dataclass
 class Place:
-    """The place of this rank: the number, engine and ranks of its pod, and its replica group."""
+    """The position of this rank: the number, engine and ranks of its pod, and its replica group."""
 
     number: int
     engine: str
@@ -66,7 +66,7 @@ class Place:
 
 
 def join(layout: Layout) -> Place:
-    """Make the groups as a script would: from a 2-D mesh if pods are equal, else from a group of first ranks."""
+    """Create the groups as a script would: from a 2-D mesh if pods are equal, otherwise from the first ranks."""
     engines, sizes = zip(*layout, strict=True)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     number = max(i for i, start in enumerate(starts) if start <= dist.get_rank())
@@ -227,7 +227,7 @@ def test_rounded_gradients_of_rows_train_nearly_the_same(ranks: Pool) -> None:
 
 
 def leave(layout: Layout, directory: Path) -> dict[str, Any]:
-    """Train, recalibrate BatchNorm statistics, and export; each pod gets its own directory."""
+    """Train, recalibrate BatchNorm statistics, and export. Each pod writes to its own directory."""
     place = join(layout)
     model, twa = attach(place, RUNS["normalized"])
     for step in range(2):
@@ -261,7 +261,7 @@ def test_one_pod_writes_and_all_share_statistics(ranks: Pool, tmp_path: Path, na
     snapshot = load_file(tmp_path / "pod-0" / "step-00000001" / "model.safetensors")
     model = models.build()
     model.load_state_dict(written)
-    shared = batches()[: 6 // size * size]  # every rank stops with the first that has none left
+    shared = batches()[: 6 // size * size]  # every rank stops when the first one has no batch left
     update_bn(shared, ByKeyword(model))
     norm = model.stem.norm
     for result in results:
@@ -311,7 +311,7 @@ def test_pods_with_different_candidates_are_refused(ranks: Pool, tmp_path: Path,
 def test_pods_with_different_settings_are_refused(
     ranks: Pool, tmp_path: Path, key: str, values: tuple[str, str]
 ) -> None:
-    """The error comes before pods make groups or read candidates, where they would hang."""
+    """The error is raised before pods create groups or read candidates, which would hang."""
     paths = [save(tmp_path, models.candidates())] * 3
     configs = [{key: value} for value in (values[0], values[1], values[1])]
     error = ranks.error(attach_to, 3, layout=LAYOUTS["uneven"], paths=paths, configs=configs)

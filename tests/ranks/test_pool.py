@@ -1,4 +1,4 @@
-"""The pool itself: results by rank, errors as they are, and no test that hangs."""
+"""The pool returns results by rank, and errors unchanged. No test hangs."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A library that has changed inside is refused when its model is attached, with its version and what is missing."""
+"""If private attributes of a library have changed, attaching is refused with its version and the missing attribute."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The published form (TWA, ICLR 2023): SGD on coefficients of an orthonormal basis is projected SGD in weight space."""
+"""SGD on coefficients of an orthonormal basis is projected SGD in weight space, as published (TWA, ICLR 2023)."""
 
 from functools import cache
 from itertools import product
@@ -28,7 +28,7 @@ def run(groups: str) -> Run:
 
 
 def trajectories(engine: str) -> dict[str, list[dict[str, Tensor]]]:
-    """Whole weights after every step, first those before any."""
+    """Return whole weights before the first step and after every step."""
     result: dict[str, list[dict[str, Tensor]]] = {}
     for groups in BLOCKS:
         model, twa = cases.attach(engine, run(groups))
@@ -41,7 +41,7 @@ def trajectories(engine: str) -> dict[str, list[dict[str, Tensor]]]:
 
 @cache
 def projected_sgd(groups: str, size: int) -> list[dict[str, Tensor]]:
-    """w <- w - lr m, m <- 0.9 m + P P^T (grad + decay w), P any orthonormal basis of the candidates of a group."""
+    """w <- w - lr m, m <- 0.9 m + P P^T (grad + decay w), where P is any orthonormal basis of a group."""
     model = models.build().double()
     scored = Scored(model, models.loss)
     states = models.candidates()

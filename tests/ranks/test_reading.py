@@ -1,4 +1,4 @@
-"""Candidates are read once, by slices; what is wrong with one of them is said alike on every rank."""
+"""Candidates are read once, by slices. Every rank has the same error for an invalid candidate."""
 
 import warnings
 from itertools import product
@@ -25,7 +25,7 @@ SIZES = [1, 2, 3]
 
 
 def save(directory: Path, states: list[dict[str, Tensor]]) -> list[Path]:
-    """Write one file for each state dict, tied tensors once: step-10, step-20, .."""
+    """Write one file for each state dict, with tied tensors once: step-10, step-20, .."""
     paths = [directory / f"step-{10 * (i + 1)}.safetensors" for i in range(len(states))]
     for path, state in zip(paths, states, strict=True):
         save_file({name: value.contiguous() for name, value in state.items() if name != "head.weight"}, path)
@@ -33,12 +33,12 @@ def save(directory: Path, states: list[dict[str, Tensor]]) -> list[Path]:
 
 
 def wide() -> nn.Module:
-    """About a million numbers; 501 rows go evenly into no two ranks."""
+    """Return about a million numbers. The 501 rows cannot be divided evenly by two ranks."""
     return nn.Sequential(nn.Linear(700, 501), nn.Linear(501, 1200), nn.Linear(1200, 1))
 
 
 def attach_wide(engine: str, paths: list[Path]) -> tuple[int, int]:
-    """Return the bytes that attaching read: by the candidates' counters, and by the kernel's."""
+    """Return the bytes that attaching read, by the candidates' counters and by the kernel's."""
     model = wide()
     if engine == "ddp":
         model = DistributedDataParallel(model)
@@ -75,15 +75,15 @@ def test_each_byte_is_read_by_one_rank_of_a_shard_group_once(
     paths = save(tmp_path, [{k: v + 0.01 * i * torch.randn_like(v) for k, v in base.items()} for i in range(n)])
     total = n * sum(value.nbytes for value in base.values())
     counted, kernel = zip(*ranks(attach_wide, size, engine=engine, paths=paths), strict=True)
-    if engine == "plain":  # every rank is a shard group of its own
+    if engine == "plain":  # every rank is a separate shard group
         assert all(count == total for count in counted)
         assert all(total <= count <= 1.02 * total for count in kernel)
         return
     assert sum(counted) == total
-    if engine == "sharded-ddp":  # deals out whole tensors
+    if engine == "sharded-ddp":  # assigns whole tensors
         return
     assert max(counted) <= 1.05 * total / size
-    if engine != "ddp":  # whose exchange of weights goes through the same counter
+    if engine != "ddp":  # the exchange of weights uses the same counter
         assert total <= sum(kernel) <= 1.02 * total + size * 100_000
 
 
@@ -96,7 +96,7 @@ def attach_judged(engine: str, paths: Any) -> tuple[dict[str, Tensor], dict[str,
 
 @pytest.mark.parametrize(("engine", "size"), PLACES)
 def test_attach_writes_the_mean_over_what_the_model_had(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
-    """Files hold the tied tensor once, a glob finds them, frozen tensors are averaged too; integers are the last."""
+    """Files have the tied tensor once. Frozen tensors are averaged, and integers are those of the last."""
     states = models.candidates()
     save(tmp_path, states)
     for weights, buffers in ranks(attach_judged, size, engine=engine, paths=str(tmp_path / "step-*.safetensors")):
@@ -134,7 +134,7 @@ def test_candidates_may_be_bfloat16_and_saved_from_a_wrapper(ranks: Pool, engine
 
 
 def damage(kind: str, paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """Spoil the candidates; return them and what the message has to name."""
+    """Damage the candidates. Return them and the expected words of the message."""
     spoiled = paths[2]
     state = load_file(spoiled)
     match kind:
@@ -165,7 +165,7 @@ def damage(kind: str, paths: list[Path]) -> tuple[list[Path], list[str]]:
             spoiled.unlink()
             return paths, [spoiled.name]
         case _:
-            for path in paths:  # all alike, but not like the model
+            for path in paths:  # all the same, but different from the model
                 state = load_file(path)
                 value = state.pop("blocks.1.up.bias")
                 if kind == "all-renamed":
@@ -184,7 +184,7 @@ KINDS += ["all-renamed", "all-wider", "all-missing"]
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Path], list[str]]]:
-    """Candidates that are spoiled in each way, and what the message has to name."""
+    """Return candidates that are damaged in each way, and the expected words of the messages."""
     return {kind: damage(kind, save(tmp_path_factory.mktemp(kind), models.candidates())) for kind in KINDS}
 
 

@@ -1,4 +1,4 @@
-"""Reductions through groups of another backend: all ranks create them, their members use and destroy them."""
+"""Reductions through groups of another backend: all ranks create them, and their members use and destroy them."""
 
 from typing import Any
 

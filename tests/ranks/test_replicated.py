@@ -1,4 +1,4 @@
-"""Parameters that every rank holds whole: parts that ranks have written come to all, a bucket at a time."""
+"""Parameters that every rank holds whole: ranks exchange the parts that they have written, one bucket at a time."""
 
 from unittest.mock import patch
 

@@ -1,4 +1,4 @@
-"""What a packed store is off by, and which coding is taken: the same on all ranks, whatever their number."""
+"""The rounding error of a packed store and its coding are the same on all ranks, for any number of ranks."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from twa_scale.candidates.rounding import Rounding
 
 
 def roundings(engine: str) -> list[Rounding | None]:
-    """Of the judged candidates, with both codings and with the one that is taken."""
+    """Return the errors of the test candidates with both codings and with the automatic one."""
     actual = []
     for coding in ("center", "increments", "auto"):
         _, twa = cases.attach(engine, Run({"store": "packed4", "coding": coding}))
@@ -27,7 +27,7 @@ def alone() -> tuple[Rounding, ...]:
 
 @pytest.mark.parametrize(("engine", "size", "room"), [("plain", 2, 1e-9), ("fsdp2", 2, 0.5), ("ddp", 3, 0.5)])
 def test_ranks_know_the_error_of_all(ranks: Pool, engine: str, size: int, room: float) -> None:
-    """Replicas count once, and parts add up. Of tensors as small as these, borders of ranks cut many blocks."""
+    """Replicas count once, and parts are summed. Boundaries of ranks divide many blocks of small tensors."""
     by_rank = ranks(roundings, size, engine=engine)
     assert all(result == by_rank[0] for result in by_rank)
     for actual, expected in zip(by_rank[0], alone(), strict=True):

@@ -1,4 +1,4 @@
-"""Running averages on every engine are those of the whole weights, resume with the same bits, and can be trained."""
+"""Running averages on every engine equal those of the whole weights, resume with the same bits, and can be trained."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ ENGINES = [
     ("zero2", 3),
     ("zero3", 3),
 ]
-QUICK = [("plain", 1), ("ddp", 3), ("fsdp2", 3), ("fsdp1-flat", 3), ("zero3", 3)]  # and what holds whole rows
+QUICK = [("plain", 1), ("ddp", 3), ("fsdp2", 3), ("fsdp1-flat", 3), ("zero3", 3)]  # and those that hold whole rows
 REST = sorted({(engine, size) for engine, _ in ENGINES if engine != "columns-tp" for size in (1, 2, 3)} - {*ENGINES})
 
 
@@ -66,7 +66,7 @@ def shape_of(engine: str) -> tuple[int, ...]:
 
 
 def training(engine: str) -> list[dict[str, Tensor]]:
-    """The whole weights after each step of a training."""
+    """Return the whole weights after each step of a training."""
     return models.candidates(STEPS, scalar_shape=shape_of(engine))
 
 
@@ -81,7 +81,7 @@ def local(values: Tensor, span: Span) -> Tensor:
 
 
 def put(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Do what a step of an optimizer does: the model has other weights, on every rank its own part."""
+    """Set the weights as a step of an optimizer does. Every rank sets its own part."""
     engine = choose_engine(model)
     with torch.no_grad():
         for span in engine.spans():
@@ -95,7 +95,7 @@ def put(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def follow(engine: str, directory: Path) -> dict[str, Any]:
-    """Follow a training, look at each average, go on from a state, and learn the coefficients of the window."""
+    """Follow a training, use each average, continue from a state, and learn the coefficients of the window."""
     model, actual = wrapped(engine), dict[str, Any]()
     averages = twa_scale.RunningAverages(model, ema=EMA, window=WINDOW)
     resumed = None
@@ -162,7 +162,7 @@ def same_bits(first: Any, second: Any) -> bool:
 
 
 def averaged_by_torch(engine: str, decay: float) -> dict[str, Tensor]:
-    """What torch makes of the whole weights."""
+    """Return the averages that torch computes of the whole weights."""
     states = training(engine)
     model = models.build(scalar_shape=shape_of(engine))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -181,7 +181,7 @@ def averaged_by_half_life(engine: str, half_life: float) -> dict[str, Tensor]:
 
 
 def averaged_without_lag(engine: str) -> dict[str, Tensor]:
-    """BEMA with the default settings (arXiv 2508.00180)."""
+    """Return BEMA with the default settings (arXiv 2508.00180)."""
     first, *others = ({name: value.double() for name, value in state.items()} for state in training(engine))
     average = corrected = first
     for t, state in enumerate(others, 1):
@@ -261,12 +261,12 @@ def test_a_distributed_checkpoint_carries_the_state(ranks: Pool, tmp_path: Path)
     wanted = ranks(save_distributed, 2, directory=tmp_path)[0]
     for actual in ranks(load_distributed, 2, directory=tmp_path, window=True):
         assert same_bits(actual, wanted)
-    for actual in ranks(load_distributed, 3, directory=tmp_path, window=False):  # other ranks: the shards are others
+    for actual in ranks(load_distributed, 3, directory=tmp_path, window=False):  # the shards of other ranks differ
         assert all(same_bits(value, wanted[name]) for name, value in actual.items())
 
 
 def fully_sharded() -> nn.Module:
-    """A small model of FSDP2 whose statistics are each rank's own."""
+    """Return a small FSDP2 model whose statistics differ between ranks."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
     for layer in (model[0], model[2]):
@@ -299,7 +299,7 @@ def plain(tree: Any) -> Any:
 
 
 def load_of_others(engine: str) -> dict[str, str]:
-    """The state of the first rank on all, and on each rank one of another step."""
+    """Load the state of the first rank on all ranks, and on each rank a state of another step."""
     model = parted(engine)
     averages = twa_scale.RunningAverages(model, ema=[0.5])
     states = []
@@ -314,7 +314,7 @@ def load_of_others(engine: str) -> dict[str, str]:
     }
     averages.load_state_dict(states[0])
     if rank == 1:
-        averages.step()  # alone: it waits for no other rank
+        averages.step()  # without waiting for another rank
     assert averages.num_steps == 1 + rank
     return messages
 
@@ -340,7 +340,7 @@ def refuse_replaced() -> list[str]:
         model = fully_sharded()
         averages = twa_scale.RunningAverages(model, ema=[0.5])
         move(model, averages, 1)
-        model(torch.ones(4, 8))  # the root stays gathered
+        model(torch.ones(4, 8))  # the root remains gathered
         averages.step()
         change(model)
         messages.append(cases.complaint(averages.step))
@@ -395,12 +395,12 @@ def test_statistics_of_ranks_are_those_of_the_first(ranks: Pool, tmp_path: Path)
     first, second = ranks(statistics_of_ranks, 2, directory=tmp_path)
     assert not torch.equal(first["trained"], second["trained"])
     assert all(torch.equal(first["own"], result) for result in (second["own"], first["resumed"], second["resumed"]))
-    for actual in (first, second):  # torch has read into the averages before it could be refused
+    for actual in (first, second):  # torch has read into the averages before the state was refused
         assert "saved with ema=" in actual["said"][0] and "a state that does not fit" in actual["said"][1]
 
 
 def fail_on_one(where: str) -> dict[str, Any]:
-    """An error on one rank in learn() or in weights(): all ranks have their weights back and train on."""
+    """After an error on one rank in learn() or weights(), all ranks have their weights again and continue to train."""
     model = fully_sharded()
     averages = twa_scale.RunningAverages(model, ema=[0.5], window={"every": 1, "keep": 3, "store": "dense32"})
     move(model, averages, 3)
@@ -449,7 +449,7 @@ def test_an_error_on_one_rank_leaves_the_weights_of_all(ranks: Pool, location: s
 
 
 def wrapped_in_ddp(first: bool) -> list[str]:
-    """Return what is said of averages of the module in a DistributedDataParallel, made before it or after."""
+    """Return the notices about averages of the module in a DistributedDataParallel, made before or after it."""
     model = nn.Linear(3, 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", twa_scale.TwaWarning)

@@ -1,4 +1,4 @@
-"""`--format same` of checkpoints of DeepSpeed: training resumes from the average, with the state of the last one."""
+"""`--format same` with checkpoints of DeepSpeed: training resumes from the average, with the state of the last one."""
 
 import warnings
 from pathlib import Path
@@ -15,7 +15,7 @@ from twa_scale.merge import average_fixed
 
 
 class Net(nn.Module):
-    """Odd sizes, a frozen tensor, and statistics that a model in float32 averages."""
+    """A model with odd sizes, a frozen tensor, and statistics that a float32 model averages."""
 
     def __init__(self, with_statistics: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def step(engine: Any, number: int) -> None:
 
 
 def whole(engine: Any) -> dict[str, Tensor]:
-    """Return the float32 weights, whole."""
+    """Return the whole float32 weights."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
@@ -91,7 +91,7 @@ def resume(kind: str, bf16: bool, directory: Path) -> dict[str, Any]:
 )
 def test_training_resumes_from_the_average(ranks: Pool, kind: str, size: int, bf16: bool, tmp_path: Path) -> None:
     ended = ranks(resume, size, timeout=240, kind=kind, bf16=bf16, directory=tmp_path)
-    first, second = ended[0]["each"]  # statistics of the other ranks are not those of checkpoints
+    first, second = ended[0]["each"]  # statistics of the other ranks are not in checkpoints
     for actual in ended:
         wanted = {name: 0.25 * first[name] + 0.75 * second[name] for name in first if first[name].is_floating_point()}
         assert not torch.equal(first["up.weight"], second["up.weight"])

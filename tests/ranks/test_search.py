@@ -1,4 +1,4 @@
-"""Searching on several ranks: one proposes, all evaluate, and scores must be the same."""
+"""Search on several ranks: one rank proposes, all ranks evaluate, and scores must be the same."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`weights(which)` shows what it says and gives back, bit for bit, what was there."""
+"""`weights(which)` sets the requested weights, and restores the previous ones with the same bits."""
 
 import json
 import time
@@ -40,7 +40,7 @@ BATCHNORM = "stem.norm.running_mean"
 
 
 def coefficients(which: str) -> Tensor:
-    """What each name stands for, as n x G averaging coefficients; the center is ema:0.5."""
+    """Return the n x G averaging coefficients of each name. The center is ema:0.5."""
     rows = {"first": 0, "last": N - 1, "index": 2, "negative-index": N - 2}
     if which in rows:
         return torch.eye(N, dtype=torch.float64)[rows[which], :, None].expand(N, len(GROUPS))
@@ -56,7 +56,7 @@ class Boom(Exception):
 
 
 def show(engine: str, basis: str) -> dict[str, Any]:
-    """Train a little, then look at the weights before, inside and after each context that is left by an exception."""
+    """Train, then read the weights before, inside and after each context that an exception leaves."""
     run = Run({"basis": basis, "groups": "block", "center": "ema:0.5"})
     model, twa = cases.attach(engine, run)
     for step in range(3):
@@ -67,7 +67,9 @@ def show(engine: str, basis: str) -> dict[str, Any]:
         try:
             with twa.weights(which):
                 result["inside"][name] = cases.gathered(model)
-                models.loss(model, models.part(models.batch(77), rank, size))  # in training mode: moves BatchNorm
+                models.loss(
+                    model, models.part(models.batch(77), rank, size)
+                )  # in training mode, which changes BatchNorm
                 raise Boom
         except Boom:
             result["after"][name] = everything(model)
@@ -148,7 +150,7 @@ def test_an_export_names_the_coefficients_of_what_it_writes(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_named_weights_are_not_rounded_to_the_default_type(dtype: torch.dtype) -> None:
-    """A third has more bits than float32. Coefficients that are those of the center show its exact weights."""
+    """A third has more bits than float32. Coefficients equal to those of the center give its exact weights."""
     model = nn.Linear(300, 5)
     states = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(3)]
     twa = twa_scale.attach(model, states, {"store": "packed4", "center": "mean"})
@@ -163,7 +165,7 @@ def test_named_weights_are_not_rounded_to_the_default_type(dtype: torch.dtype) -
         torch.set_default_dtype(torch.float32)
 
 
-# What goes wrong inside
+# Errors inside the block
 
 
 class Alone(Exception):
@@ -171,7 +173,7 @@ class Alone(Exception):
 
 
 def fail_at_the_end(engine: str) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """One rank leaves the block by an error when the others are at its end."""
+    """One rank leaves the block with an error when the others are at its end."""
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
     cases.one_step(model, twa, 0)
@@ -203,7 +205,7 @@ def test_an_error_at_the_end_of_the_block_is_that_of_all_ranks(ranks: Pool, engi
 
 
 def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
-    """The last rank leaves the block by an error, and the others go on to a forward pass, which waits for it."""
+    """The last rank leaves the block with an error. The others start a forward pass, which waits for it."""
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
     set_collective_timeout(4.0)
@@ -257,7 +259,7 @@ def test_what_is_refused_inside_or_belongs_to_the_trained_weights() -> None:
     cases.one_step(model, twa, 0)
     state = twa.state_dict()
     with twa.weights("last"):
-        models.loss(model, models.batch(5))  # moves BatchNorm
+        models.loss(model, models.batch(5))  # changes BatchNorm
         assert not torch.equal(model.get_buffer(BATCHNORM), state["buffers"][BATCHNORM])
         assert torch.equal(twa.state_dict()["buffers"][BATCHNORM], state["buffers"][BATCHNORM])
         for name, use in {"load_state_dict": lambda: twa.load_state_dict(state), "close": twa.close}.items():

@@ -1,4 +1,4 @@
-"""Asynchronous snapshots: each holds the weights of its step, one is written at a time, and publication is atomic."""
+"""Asynchronous snapshots have the weights of their step, are written one at a time, and are published atomically."""
 
 import contextlib
 import logging
@@ -74,14 +74,14 @@ def train_meanwhile(directory: Path, engine: str) -> tuple[Tensors, Tensors]:
         snapshots.step(model, 1)
         train(model, 3)
         assert visible(directory) == []
-        dist.barrier()  # nothing keeps plain models in step: the first rank must not publish before all have looked
+        dist.barrier()  # plain models are not synchronized: the first rank must not publish before all have checked
         event.set()
     assert visible(directory) == ["step-00000001"]
     return own, gathered(model)
 
 
 def meaning_of_signals(directory: Path) -> list[bool]:
-    """Whether SIGTERM has its default meaning before, while a thread writes, after it, and within a write here."""
+    """Return whether SIGTERM has its default handler before, during and after a write."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model = models.build(0, (1,))
 
@@ -133,7 +133,7 @@ def take_many(directory: Path, dtype: torch.dtype | None) -> list[str]:
     logger.setLevel(logging.INFO)
     with gate() as event:
         for step in range(1, 7):
-            if step == 4:  # step 2 is still held back when it comes
+            if step == 4:  # step 2 is still blocked when the signal arrives
                 threading.Timer(0.3, event.set).start()
             snapshots.step(model, step)
             if step == 4:
@@ -161,7 +161,7 @@ def test_one_snapshot_is_written_at_a_time(ranks: Pool, tmp_path: Path, dtype: t
 
 
 def fail_on_one_rank(directory: Path, failing: int, mode: str) -> None:
-    """A limit on file sizes is hit by one rank, in its thread; the next call says so, and one more works again."""
+    """One rank reaches a limit on file sizes. The next call raises the error, and a later one succeeds."""
     model = models.wrap(models.build(0, (1,)), "fsdp2")
     snapshots = Snapshots(directory, every_n_steps=1, asynchronous=True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -198,7 +198,7 @@ def leave_by_an_error(directory: Path) -> list[str]:
     with gate() as event:
         with pytest.raises(ZeroDivisionError), Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
             snapshots.step(model, 1)
-            raise ZeroDivisionError  # on all ranks here, but a rank cannot know that
+            raise ZeroDivisionError  # on all ranks in this test, but a rank cannot know that
         stored = visible(directory)
         event.set()
     snapshots.wait()
@@ -212,7 +212,7 @@ def test_exit_after_an_error_does_not_wait(ranks: Pool, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[int]]]:
-    """Directory and exit codes of programs that ended while they wrote; see `tests/end_while_writing.py`."""
+    """Return directory and exit codes of programs that ended while they wrote; see `tests/end_while_writing.py`."""
     directory = tmp_path_factory.mktemp("ended")
     done = subprocess.run(
         [sys.executable, "-m", "tests.end_while_writing", str(directory)],

@@ -1,4 +1,4 @@
-"""A run goes on from its state: the same trajectory, on any ranks and any engine, with the same candidates."""
+"""A run continues from its state with the same trajectory, on any ranks and any engine, with the same candidates."""
 
 import io
 import os
@@ -52,7 +52,7 @@ def go_on(
     directory: Path | None = None,
     in_file: bytes | None = None,
 ) -> Any:
-    """Take steps first..last-1, after `state` when there is one; return the weights and the state.
+    """Take steps first..last-1, from `state` if given. Return the weights and the state.
 
     With a directory, the state with the rows in a file there is returned, too, and both are the same.
 
@@ -82,7 +82,7 @@ def saved(state: Any) -> bytes:
 def chain(
     ranks: Pool, config: dict[str, Any], parts: list[tuple[str, int, int]], directory: Path | None = None
 ) -> list[Any]:
-    """Run parts (engine, number of ranks, steps), each from the state that rank 0 of the one before left."""
+    """Run parts (engine, number of ranks, steps), each from the state of rank 0 after the previous part."""
     state, in_file, done = None, None, 0
     for engine, size, steps in parts:
         states: dict[str, Any] = {"state": state, "in_file": in_file, "directory": directory}
@@ -94,7 +94,7 @@ def chain(
 
 @pytest.fixture(scope="module")
 def straight(ranks: Pool) -> Callable[[str, int, str], list[Any]]:
-    """Return how all steps in one go end, of an engine, a number of ranks and the name of a config; run once."""
+    """Return the results of all steps in one run of an engine, number of ranks and config; run once."""
     return cache(lambda engine, size, name: chain(ranks, CONFIGS[name], [(engine, size, NUM_STEPS)]))
 
 
@@ -141,7 +141,7 @@ def test_other_ranks_and_engines_continue_the_trajectory(
 
 
 def resume_refused(engine: str, config: dict[str, Any], state: bytes, paths: Any) -> dict[str, Tensor]:
-    """Load a state; when it is refused the weights and coefficients have to stay."""
+    """Load a state. If it is refused, the weights and coefficients must not change."""
     model, twa = cases.attach(engine, Run(config), paths)
     before, a = cases.gathered(model), twa.coefficients.clone()
     try:
@@ -201,7 +201,7 @@ def test_a_state_of_something_else_is_refused_on_every_rank(
 
 
 def test_the_same_candidates_elsewhere_are_the_same(ranks: Pool, tmp_path: Path) -> None:
-    """What counts is what they hold, not where they lie."""
+    """Their content is compared, not their paths."""
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     first_directory, second_directory = (save(tmp_path / name, models.candidates()) for name in ("here", "there"))

@@ -1,4 +1,4 @@
-"""What a step does beside the arithmetic: it asks about each parameter twice, and reads weights where it must."""
+"""The operations of a step besides arithmetic: two queries for each parameter, and reads of weights if needed."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from twa_scale.ranks import Group
 
 
 def counting(kind: type, *args: Any) -> Any:
-    """An engine that counts the parameters that it is asked about, and the spans that are written or read."""
+    """Return an engine that counts queries of parameters, and spans that are written or read."""
 
     class Counting(kind):
         asked = lives = 0
@@ -53,7 +53,7 @@ def test_each_parameter_is_asked_about_before_and_after_a_write(ranks: Pool, com
 
 
 def large(scale: float) -> tuple[nn.Module, Any, Any]:
-    """A float16 model whose norm is more than float16 holds, though no weight is."""
+    """Return a float16 model whose norm exceeds the largest float16 value, but no weight does."""
     torch.manual_seed(0)
     model = nn.Linear(64, 64, bias=False).half()
     states = [{name: scale * torch.randn_like(v) for name, v in model.state_dict().items()} for _ in range(3)]

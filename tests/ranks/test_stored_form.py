@@ -1,4 +1,4 @@
-"""Experts that files store apart, and tensors with other names: each rank reads and writes its own part, once."""
+"""Experts in separate tensors of files, and tensors with other names: each rank reads and writes its part once."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ MODELS = {"moe": moe, "vit": vit}
 
 
 def average(name: str, engine: str, paths: list[Path], out: Path) -> int:
-    """Export the first candidate and save a snapshot of it; return the bytes that were read."""
+    """Export the first candidate and save a snapshot of it. Return the bytes that were read."""
     model: torch.nn.Module = MODELS[name](9)
     if engine == "fsdp2":
         fully_shard(model.base_model)  # type: ignore[arg-type]

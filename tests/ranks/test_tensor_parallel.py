@@ -1,4 +1,4 @@
-"""Parts of tensors on meshes: their spans tile every tensor, and reading and writing by them loses nothing."""
+"""Parts of tensors on meshes: their spans tile every tensor, and reads and writes by spans are exact."""
 
 from pathlib import Path
 from typing import Any

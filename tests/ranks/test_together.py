@@ -1,4 +1,4 @@
-"""What else a training script uses, with every engine: the same weights as without, which are the reference's."""
+"""Other features of training scripts with every engine: the weights equal those of the reference."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -25,7 +25,7 @@ from twa_scale.base.names import without_wrappers
 from twa_scale.engines.zero import is_deepspeed
 
 ENGINES = {"plain": 1, "ddp": 2, "fsdp2": 2, "fsdp2-tp": 2, "fsdp1": 2, "fsdp1-flat": 2, "sharded-ddp": 2}
-ENGINES |= dict.fromkeys(zero.ENGINES, 2)  # with how many ranks
+ENGINES |= dict.fromkeys(zero.ENGINES, 2)  # the number of ranks
 RUN = Run({"groups": "block"}, steps=3)
 Change = Callable[[Any], Any]
 
@@ -73,7 +73,7 @@ def autocast(model: Any) -> Any:
 
 
 def compile_a_norm(model: Any) -> Any:
-    model.blocks[1].norm2.compile()  # by inductor, which takes its time
+    model.blocks[1].norm2.compile()  # by inductor, which takes longer
     return model
 
 
@@ -93,15 +93,15 @@ CHANGES: dict[str, tuple[Change, Change]] = {  # before and after the model is w
 ONCE: dict[str, tuple[Change, Change]] = {"autocast": (autocast, same), "inductor": (compile_a_norm, same)}
 
 
-NOT_THERE = {  # what torch or the library itself cannot do
-    # goes by names, makes frozen parameters anew, and compiled norms do not take its DTensors
+NOT_THERE = {  # not supported by torch or the library itself
+    # it uses names and recreates frozen parameters, and compiled norms do not accept its DTensors
     "fsdp2-tp": ["checkpoint-wrapper", "frozen", "compiled-before", "compiled-after"],
     "sharded-ddp": ["compiled-after"],
     "zero3": ["compiled-before"],
 }
-# To compile takes seconds. zero3 takes half a minute: DeepSpeed's hooks break the graph at every module.
+# Compilation takes seconds. zero3 takes half a minute, because DeepSpeed's hooks break the graph at every module.
 QUICK_TO_COMPILE = {"compiled-before": ["fsdp2", "zero1"], "compiled-after": ["plain", "fsdp1-flat"]}
-TRIED = {  # every engine with what a script may use on any of them: once with its prefix, once without a gradient
+TRIED = {  # every engine with every option that it supports: once with its prefix, once without a gradient
     "checkpoint-wrapper": ["plain", "ddp", "fsdp2", "fsdp1-flat", "zero2"],
     "checkpoint": ["fsdp2-tp", "fsdp1", "sharded-ddp", "zero1", "zero3"],
     "frozen": ["plain", "ddp", "fsdp2", "fsdp1-flat", "zero3"],
@@ -172,7 +172,7 @@ def show_after_a_forward(engine: str) -> float:
     torch._dynamo.reset()
     model: Any = torch.compile(models.build(seed=99, scalar_shape=(1,)), backend="eager")
     if engine == "fsdp2":
-        fully_shard(model)  # the root keeps what it gathers, until somebody tells it to let go
+        fully_shard(model)  # the root keeps gathered weights until it is resharded
     else:
         model = models.wrap(model, engine)
     twa = twa_scale.attach(model, models.candidates(scalar_shape=(1,)), RUN.config)
@@ -216,7 +216,7 @@ def test_bfloat16_computation_keeps_float32_weights(ranks: Pool, engine: str) ->
 SGD = Run({"groups": "block", "max_grad_norm": 0.5, "optimizer": {"name": "sgd", "lr": 0.05}})
 SCALERS: dict[str, Any] = {
     "GradScaler": torch.amp.GradScaler,
-    # its own default is the process group that there was when torch was imported
+    # its default is the process group that existed when torch was imported
     "ShardedGradScaler": lambda device, **kwargs: ShardedGradScaler(device, process_group=dist.group.WORLD, **kwargs),
 }
 

@@ -1,4 +1,4 @@
-"""What travels in a step: between pods the coefficients' gradient and nothing else, inside a pod what plan says."""
+"""The bytes sent in a step: between pods only the gradient of the coefficients, inside a pod the bytes of `plan`."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ from twa_scale.run.tasks.causal_lm import ByteGPTSizes
 from twa_scale.tools.planning import make_plan
 
 PODS = (range(0, 2), range(2, 4))
-SIZES = ByteGPTSizes(n_layer=2, n_head=2, d_model=32)  # even rows everywhere: two ranks need no padding
+SIZES = ByteGPTSizes(n_layer=2, n_head=2, d_model=32)  # equal rows, so that two ranks need no padding
 N, CONTEXT = 3, 16
 
 
@@ -37,7 +37,7 @@ def model() -> ByteGPT:
 
 
 def step(engine: str, store: str) -> tuple[list[Call], int]:
-    """Return what the third step of this rank sent, and the number of groups; DDP settles its buckets in the first."""
+    """Return what the third step sent, and the number of groups. DDP rebuilds its buckets in the first."""
     traffic.count_from_here(store)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pods", "ranks"))
     net = model()
@@ -73,10 +73,12 @@ def test_only_coefficient_gradients_travel_between_pods(ranks: Pool, tmp_path: P
                 inner.setdefault(call.name, []).append(call.nbytes)
         gathered = sum(inner.pop("all_gather_single"))
         reduced = inner.pop("allreduce")
-        assert reduced.pop() == numbers and inner.pop("broadcast") == [numbers]  # the pod's sum, and that of all
+        assert reduced.pop() == numbers and inner.pop("broadcast") == [numbers]  # the sum of the pod, and that of all
         if engine == "fsdp2":
             assert sum(inner.pop("reduce_scatter_single")) == weights
-            assert gathered == weights + blocks  # blocks in forward and in backward; the root stays in between
+            assert (
+                gathered == weights + blocks
+            )  # blocks in forward and in backward; the root remains gathered between them
             assert not reduced
         else:
             assert sum(reduced) == weights and gathered == weights

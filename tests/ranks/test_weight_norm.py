@@ -1,4 +1,4 @@
-"""Clipping the gradient of the weights: as torch.nn.utils.clip_grad_norm_ does on one process with whole weights."""
+"""The gradient of the weights is clipped as torch.nn.utils.clip_grad_norm_ does on one process with whole weights."""
 
 from functools import cache
 from typing import Any
@@ -66,7 +66,7 @@ def test_replicas_that_exchange_only_coefficients_are_refused(ranks: Pool) -> No
 
 
 def test_a_scaled_gradient_is_clipped_by_its_own_norm() -> None:
-    """And one that overflows is left out."""
+    """A gradient that overflows is skipped."""
 
     def weights(scaling: bool) -> dict[str, Tensor]:
         model, twa = cases.attach("plain", Run(CONFIG))

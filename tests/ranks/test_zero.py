@@ -1,4 +1,4 @@
-"""What only a DeepSpeedEngine has: partitions, low-precision copies, checkpoints, a JSON of its own."""
+"""Features of a DeepSpeedEngine: partitions, low-precision copies, checkpoints, and its JSON file."""
 
 import os
 import warnings
@@ -77,7 +77,7 @@ def shown(engine: str, options: dict[str, Any]) -> list[dict[str, Tensor]]:
     """Return the weights that forward passes use after training, inside weights(), and after it."""
     model = zero.wrap(judged(), engine, **options)
     twa = twa_scale.attach(model, states(), RUN.config)
-    for step in range(3):  # ZeRO-3 learns the order of the modules, and then keeps parameters over a forward pass
+    for step in range(3):  # ZeRO-3 records the order of the modules, and then keeps parameters over a forward pass
         cases.one_step(model, twa, step)
     actual = [zero.whole(model), outputs(model)]
     for which in ("first", "last"):
@@ -167,7 +167,7 @@ def test_state_and_gradients_are_freed(ranks: Pool, engine: str, accumulate: int
     for result in ranks(memory, 2, engine=engine, accumulate=accumulate):
         assert result["state"] == 0
         assert result["counters"] == (2 * accumulate, 2)
-        if engine == "zero1":  # reduces at the boundary: until then every rank has its own
+        if engine == "zero1":  # reduces at the boundary: until then every rank has its own gradients
             assert all(elements == 0 for elements in result["seen"][2 * accumulate - 1 :: 2 * accumulate])
         else:
             assert not any(result["seen"])
@@ -244,7 +244,7 @@ def test_a_deepspeed_checkpoint_holds_the_average(ranks: Pool, tmp_path: Path, e
     merged = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "deepspeed"))
     assert (tmp_path / "deepspeed" / "latest").read_text() == "global_step3"
     for name, _ in judged().named_parameters():
-        if name == models.FROZEN:  # has no master; and zero_to_fp32 leaves it out of what ZeRO-1 saved
+        if name == models.FROZEN:  # has no float32 copy, and zero_to_fp32 omits it in what ZeRO-1 saved
             assert engine == "zero1" or torch.equal(merged[name], exported[name].to(merged[name].dtype))
         else:
             assert torch.equal(merged[name], exported[name]), name
@@ -375,7 +375,7 @@ def test_settings_in_the_deepspeed_configuration(ranks: Pool, tmp_path: Path) ->
 
 
 def scaled(engine: str, set_fault: bool) -> dict[str, Any]:
-    """fp16 with DeepSpeed's dynamic loss scale: an overflow leaves the weights, and lowers the scale.
+    """Train in fp16 with DeepSpeed's dynamic loss scale. An overflow keeps the weights and lowers the scale.
 
     DeepSpeed refuses fp16 where the CPU has no instructions for it; torch computes it all the same.
     """

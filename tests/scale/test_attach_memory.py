@@ -1,4 +1,4 @@
-"""Attaching needs little memory beside its store: measured on one process of its own."""
+"""Attaching needs little memory besides its store, measured in a separate process."""
 
 import json
 import os
@@ -36,7 +36,7 @@ attach(tiny, [{"weight": torch.randn(300, 300).bfloat16()} for _ in range(n)]).c
 loaded = status("RssAnon") - start  # compiled kernels, and what the first optimizer imports
 model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
 before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak
 twa = attach(model, pattern)
 print(json.dumps({"loaded": loaded, "peak": status("VmHWM") - before, "store": twa.store_bytes}))
 """
@@ -45,7 +45,7 @@ print(json.dumps({"loaded": loaded, "peak": status("VmHWM") - before, "store": t
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_packed4_takes_less_than_256_mib_beside_the_store(tmp_path: Path) -> None:
-    """Two buffers, some rows and the rounding of allocators; with compiled code it stays under the limit as well.
+    """Two buffers, some rows and the overhead of allocators. With compiled kernels it is below the limit, too.
 
     Library files that are mapped are left out: ranks of a node share them.
     """

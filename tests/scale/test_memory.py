@@ -1,4 +1,4 @@
-"""Invariant 5, measured: 57 M parameters, 8 candidates, two ranks of FSDP2 or ZeRO-3, as processes of their own."""
+"""Memory of 57 M parameters, 8 candidates and two ranks of FSDP2 or ZeRO-3, measured in separate processes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SIZES = ByteGPTSizes(n_layer=8, n_head=12, d_model=768)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Candidates of random weights and a config of three steps; memory does not depend on what they are."""
+    """Write candidates with random weights and a config of three steps. Memory does not depend on the values."""
     root = tmp_path_factory.mktemp("scale")
     torch.manual_seed(0)
     base = ByteGPT(64, SIZES.n_layer, SIZES.n_head, SIZES.d_model).state_dict()
@@ -45,7 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_memory_and_bytes_are_what_plan_said(config: Path, engine: str) -> None:
-    """Peak resident memory of each rank within 10 %; every byte of every candidate read by one rank, once."""
+    """The peak resident memory of each rank is within 10 %. One rank reads every byte of every candidate once."""
     command = [sys.executable, "-m", "twa_scale", "plan", str(config), f"engine={engine}", f"--ranks={RANKS}", "--json"]
     plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,6 +65,6 @@ def test_memory_and_bytes_are_what_plan_said(config: Path, engine: str) -> None:
     print(f"plan {plan['peak'] / 1e9:.2f} GB, measured {[p / 1e9 for p in summary['peak_resident_bytes_per_rank']]}")
     for peak in summary["peak_resident_bytes_per_rank"]:
         assert abs(peak - plan["peak"]) < 0.1 * plan["peak"], (peak, plan)
-    # The whole basis would be this much on each rank: none came near it.
+    # The whole basis would need this much memory on each rank. All ranks are far below it.
     data = max(summary["peak_resident_bytes_per_rank"]) - plan["memory"]["python and libraries"]
     assert data < 4 * elements * CANDIDATES + 4 * elements

@@ -1,4 +1,4 @@
-"""`make scale-run` in small: 0.1 G parameters, 16 candidates in bf16 shards, packed4 on two FSDP2 ranks, the check."""
+"""`make scale-run` with 0.1 G parameters: 16 candidates in bf16 shards, packed4 on two FSDP2 ranks, the check."""
 
 import json
 import os
@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "scale" / "run.py"
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is left of a run of two steps."""
+    """Return the files of a run of two steps."""
     scratch = tmp_path_factory.mktemp("scale-run")
     command = [sys.executable, str(PROGRAM), "--size=100m", "--steps=2", f"--scratch={scratch}"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -30,7 +30,7 @@ def results(scratch: Path) -> dict[str, Any]:
 @pytest.mark.slow
 class TestScaleRun:
     def test_memory_is_what_plan_said(self, results: dict[str, Any]) -> None:
-        """Within 10 %, activations of the Hugging Face model and the packed store included."""
+        """Within 10 %, including activations of the Hugging Face model and the packed store."""
         plan, summary = results["plan"], results["summary"]
         assert results["parameters"] >= 100e6 and not plan["notes"]
         assert summary["store_bytes_per_rank"] == [plan["memory"]["store (packed4)"]] * 2
@@ -43,7 +43,7 @@ class TestScaleRun:
 
     def test_exported_is_the_merge_but_for_the_rounding_of_4_bits(self, results: dict[str, Any]) -> None:
         actual = results["check"]
-        assert actual["moved"] > 0.01  # else there would be nothing to see
+        assert actual["moved"] > 0.01  # otherwise the test would have no effect
         assert abs(actual["error"] / actual["predicted"] - 1) < 0.05
         assert actual["error"] < 0.2 and actual["cosine"] > 0.98
         low, high = actual["tensors"]

@@ -1,4 +1,4 @@
-"""Pods do not notice a link that DDP spends its time on: two network namespaces, 100 Mbit/s, 20 ms, 22 M parameters."""
+"""Pods are not limited by a link that limits DDP: two network namespaces, 100 Mbit/s, 20 ms, 22 M parameters."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def namespaces() -> str:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The comparison of examples/pods, with few steps."""
+    """Return the results of examples/pods with few steps."""
     before = namespaces()
     out = tmp_path_factory.mktemp("slow-link") / "results.json"
     subprocess.run([sys.executable, str(PROGRAM), "--steps=3", f"--json={out}"], check=True)
@@ -36,7 +36,7 @@ class TestSlowLink:
         assert all(run["error"] <= 1e-5 for run in results["runs"])
 
     def test_what_the_device_counted_is_what_each_has_to_send(self, results: dict[str, Any]) -> None:
-        """Pods: coefficient gradients, and the headers of a few packets. DDP: gradients, and half of the weights."""
+        """Pods send gradients of coefficients and a few headers. DDP sends gradients and half of the weights."""
         for run in results["runs"]:
             for key in ("sent", "received"):
                 if run["mode"] == "pods":
@@ -46,7 +46,7 @@ class TestSlowLink:
 
     def test_pods_wait_for_round_trips_and_ddp_for_the_link(self, results: dict[str, Any]) -> None:
         fastest = {(run["mode"], run["slow"]): run["fastest"] for run in results["runs"]}
-        noise = 0.5 * fastest["pods", False]  # of the cores, which others use too
+        noise = 0.5 * fastest["pods", False]  # of the cores, which other processes use, too
         assert fastest["pods", True] < fastest["pods", False] + 6 * ROUND_TRIP + noise
         predicted = 8 * 6 * results["parameters"] / (results["link"]["megabits"] * 1e6)
         assert fastest["ddp", True] >= 0.8 * predicted

@@ -1,4 +1,4 @@
-"""A real SLURM with two nodes on this machine, in a directory of its own: munge, one controller, two node daemons."""
+"""A real SLURM with two nodes on this machine, in a directory of its own: munge, a controller, two node daemons."""
 
 import os
 import random
@@ -18,7 +18,7 @@ T = TypeVar("T")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 PACKAGES = "slurm-wlm munge"
 NODES = ("n1", "n2")
-# Whole nodes go to one job. A job of partition `urgent` sends one of `main` back to the queue, after a period of grace.
+# A whole node belongs to one job. A job of partition `urgent` requeues one of `main` after a period of grace.
 CONFIGURATION = """
 ClusterName=test
 SlurmUser=root
@@ -54,7 +54,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9
 
 
 class Cluster:
-    """Started when made; `close` ends every daemon and whatever their jobs have left, by process id."""
+    """Starts the daemons. `close` ends them and all remaining processes of their jobs by process id."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -68,7 +68,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a person who works here; nothing of a job or launcher around us."""
+        """Return the environment of a user, without the variables of a job or launcher around the tests."""
         local = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "MUNGE_"))}
         return local | {"SLURM_CONF": str(self.configuration), "PATH": _path()}
 
@@ -79,7 +79,7 @@ class Cluster:
         timeout: float = 60.0,
         variables: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
-        """Type a command, with these variables added to the environment, and return what it says.
+        """Run a command with these variables added to the environment, and return its output.
 
         Raises:
             AssertionError: it failed; with what it said.
@@ -97,7 +97,7 @@ class Cluster:
         return ended.stdout.strip()
 
     def job(self, job: str) -> Mapping[str, str]:
-        """Return what the controller knows of a job."""
+        """Return what the controller reports about a job."""
         words = self.call("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -115,7 +115,7 @@ class Cluster:
         return actual
 
     def close(self) -> None:
-        """Kill everything: nothing here has a state to save."""
+        """Kill all processes. No state needs to be saved."""
         for daemon in self._daemons:
             daemon.kill()
             daemon.wait()
@@ -145,7 +145,7 @@ class Cluster:
 
     def _daemon(self, *words: str) -> None:
         with (self.directory / f"{words[0]}-{len(self._daemons)}.log").open("wb") as log:
-            command = ["setpriv", "--pdeathsig", "KILL", *words]  # it must not outlive us, even if we are killed
+            command = ["setpriv", "--pdeathsig", "KILL", *words]  # it must end with this process, even if it is killed
             self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
 
     def _nodes_are_idle(self) -> bool:
@@ -162,18 +162,18 @@ class Cluster:
         return "\n".join(f"--- {log.name}\n" + "\n".join(log.read_text().splitlines()[-20:]) for log in logs)
 
     def _strays(self) -> list[int]:
-        """Return the processes of jobs: they are no children of ours, but their environment names our configuration."""
+        """Return the processes of jobs, whose environment has this configuration."""
         mark = f"SLURM_CONF={self.configuration}".encode()
         actual = []
         for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended, or is not ours
+            with suppress(OSError):  # it has ended, or belongs to another user
                 if mark in (process / "environ").read_bytes().split(b"\0"):
                     actual.append(int(process.name))
         return actual
 
 
 def missing_programs() -> list[str]:
-    """Return what of SLURM is not installed here."""
+    """Return the programs of SLURM that are not installed."""
     return [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
 
 
@@ -182,7 +182,7 @@ def _path() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports that are free now, below those that the kernel gives away by itself."""
+    """Return ports that are free now, below those that the kernel assigns."""
     ports: list[int] = []
     while len(ports) < count:
         port = random.randrange(20_000, 32_000)

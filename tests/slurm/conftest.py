@@ -1,4 +1,4 @@
-"""A SLURM of two nodes for the whole session, and a job of ours on it."""
+"""A SLURM of two nodes for the whole session, and a job on it."""
 
 import os
 import shutil
@@ -39,13 +39,13 @@ def slurm() -> Iterator[Cluster]:
 
 
 def with_python(slurm: Cluster, python: str = sys.executable) -> dict[str, str]:
-    """Return the variables of a shell in which `python` is this one, as an activated environment has it."""
+    """Return the variables of a shell in which `python` is this one, as in an activated environment."""
     return {"PATH": f"{Path(python).parent}:{slurm.environment['PATH']}"}
 
 
 @dataclass
 class Job:
-    """A job that was submitted, and what it prints."""
+    """A submitted job and its output."""
 
     slurm: Cluster
     number: str
@@ -53,11 +53,11 @@ class Job:
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """What SLURM says of it."""
+        """Return what SLURM reports about the job."""
         return self.slurm.job(self.number)
 
     def wait(self, *states: str, timeout: float = 180.0) -> Mapping[str, str]:
-        """Return the facts as soon as the job is in one of `states`; at its end if none are given."""
+        """Return the facts as soon as the job is in one of `states`, or when it has ended."""
         wanted = states or ENDED
         return self.until(lambda: facts if (facts := self.facts)["JobState"] in wanted else None, timeout)
 
@@ -66,13 +66,13 @@ class Job:
         return self.slurm.until(look, timeout, self.said)
 
     def said(self) -> str:
-        """Return what it has printed so far."""
+        """Return the output so far."""
         return self.output.read_text() if self.output.exists() else ""
 
 
 @pytest.fixture
 def submit(slurm: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Type `sbatch OPTIONS launch/slurm.sbatch WORDS` in the root of the repository; what is left is cancelled."""
+    """Run `sbatch OPTIONS launch/slurm.sbatch WORDS` in the root of the repository. Remaining jobs are cancelled."""
     jobs: list[Job] = []
 
     def type_(*words: object, options: tuple[object, ...] = (), python: str = sys.executable, **variables: str) -> Job:

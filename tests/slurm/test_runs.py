@@ -1,4 +1,4 @@
-"""Runs over both nodes: they end as on one process, and as if undisturbed when they had to give the nodes back."""
+"""Runs on two nodes have the result of one process, also after they were interrupted and requeued."""
 
 import json
 import re
@@ -28,7 +28,7 @@ DISTURBED = {
 
 
 def write_config(scores: TrainedCandidates, directory: Path, engine: str, seconds: float = 0.0) -> Path:
-    """A run of many steps, each of which lasts `seconds` more in the first life of a job."""
+    """Write a run of many steps. Each step takes `seconds` longer in the first start of a job."""
     task = {"name": "tests.commands.interrupted:scores", "seconds": seconds}
     changes = {"steps": STEPS, "engine": engine, "evaluate_every": 10, "checkpoint_every": None}
     directory.mkdir(exist_ok=True)
@@ -45,13 +45,13 @@ def steps_of(output: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(slurm: Cluster, scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Submit an undisturbed run with an engine, once, and wait for its end; return what it wrote."""
+    """Submit an undisturbed run with an engine, once, and wait for its end. Return its output."""
     directory = tmp_path_factory.mktemp("whole")
 
     def output(engine: str) -> Path:
         if not (directory / engine).exists():
             config, result = write_config(scores, directory, engine), directory / f"{engine}.log"
-            command = ("sbatch", "--parsable", "--output", result, SCRIPT, config)  # `--wait` looks every 32 seconds
+            command = ("sbatch", "--parsable", "--output", result, SCRIPT, config)  # `--wait` polls every 32 seconds
             job = Job(slurm, slurm.call(*command, cwd=ROOT, variables=with_python(slurm)), result)
             facts = job.wait(timeout=300)
             assert facts["JobState"] == "COMPLETED", job.said()

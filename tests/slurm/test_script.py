@@ -1,4 +1,4 @@
-"""What the batch script makes of the ways in which a run can end: the real SLURM, and a stand-in for the run."""
+"""The batch script handles all ways in which a run can end, with the real SLURM and a simulated run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.slurm.conftest import Job
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
-# Ends as a run does that was asked to stop; a DEAF rank dies of SIGUSR1, as one that still imports torch.
+# Ends as a run that is asked to stop. A DEAF rank dies of SIGUSR1, as one that still imports torch.
 PROGRAM = """#!/bin/bash
 echo "life ${SLURM_RESTART_COUNT:-0} rank $SLURM_PROCID: $*"
 [ "$FAIL" ] && exit $FAIL
@@ -22,7 +22,7 @@ while :; do sleep 0.1; done
 
 @pytest.fixture
 def start(submit: Callable[..., Job], tmp_path: Path) -> Callable[..., Job]:
-    """Submit a job whose ranks run the stand-in; it has begun when this returns."""
+    """Submit a job whose ranks run the replacement, and return when it has started."""
     program = tmp_path / "bin" / "python"
     program.parent.mkdir()
     program.write_text(PROGRAM)
@@ -49,7 +49,7 @@ def test_what_was_stopped_goes_on(slurm: Cluster, start: Callable[..., Job], dea
 def test_what_is_cancelled_stays_cancelled(slurm: Cluster, start: Callable[..., Job]) -> None:
     job = start()
     slurm.call("scancel", job.number)
-    job.until(lambda: job.said().count("exit code 75") == 2)  # the ranks have saved, and yet
+    job.until(lambda: job.said().count("exit code 75") == 2)  # although the ranks have saved
     facts = job.wait()
     assert facts["JobState"] == "CANCELLED" and facts["Restarts"] == "0" and "life 1" not in job.said()
 

@@ -22,7 +22,7 @@ def num_open() -> int:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Allow this process no more than 40 files beyond those that it has open; return what it has."""
+    """Limit this process to 40 more open files, and return the number of files that it has open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = num_open()
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + 40, hard))
@@ -34,8 +34,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory of a tiny BERT with a tokenizer."""
-    # imported here: most tests of this directory need neither
+    """Return a directory with a tiny BERT and a tokenizer."""
+    # imported here, because few tests of this directory need them
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -71,7 +71,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All checkpoints that real DeepSpeed engines wrote as SIZE/CASE, and what each holds as SIZE/CASE.pt."""
+    """Return all checkpoints that real DeepSpeed engines wrote as SIZE/CASE, and their weights as SIZE/CASE.pt."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     directory = tmp_path_factory.mktemp("deepspeed") / "written"

@@ -1,1 +1,1 @@
-"""What a machine with a GPU has to tell about this project in a few minutes: `tests/gpu/run.sh` runs these stages."""
+"""Stages that measure and check this project on a GPU in a few minutes. `tests/gpu/run.sh` runs them."""

@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def run(name: str, device: str, out: Path, *, tiny: bool) -> bool:
-    """Run a stage, and return whether it came to its end and found nothing wrong. What it raises becomes a row."""
+    """Run a stage, and return whether it completed without a problem. An exception becomes a row."""
     start, cpu = time.perf_counter(), time.process_time()
     rhs = True
     try:
@@ -103,7 +103,7 @@ def _add(out: Path, stage: str, row: dict[str, object]) -> None:
 
 
 def write_table(out: Path) -> None:
-    """Write and print the rows as one table for docs/performance.md, and as JSON."""
+    """Write and print the rows as a table for docs/performance.md, and as JSON."""
     path = out / ROWS
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     (out / RESULTS).write_text(json.dumps(rows, indent=2) + "\n")

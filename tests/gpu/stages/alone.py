@@ -1,4 +1,4 @@
-"""A process group of this process alone."""
+"""A process group with one rank."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

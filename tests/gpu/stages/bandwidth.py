@@ -1,4 +1,4 @@
-"""The bandwidth of project and combine for each store, beside a copy and beside what the disassembly predicts."""
+"""The bandwidth of project and combine for each store, compared with a copy and with the predicted bandwidth."""
 
 from collections.abc import Callable, Iterator
 

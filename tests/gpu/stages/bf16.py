@@ -1,4 +1,4 @@
-"""bfloat16 from end to end: candidates, model, gradients and output; the export against a merge in float64."""
+"""Average bfloat16 candidates in a bfloat16 model, and compare the export with a merge in float64."""
 
 from collections.abc import Iterator
 
@@ -49,7 +49,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def error(value: Tensor, a: Tensor, candidates: Tensor) -> float:
-    """Return the largest error of an element of sum_i a_i w_i, of the sum of the sizes of its terms."""
+    """Return the largest error of an element of sum_i a_i w_i, relative to the sum of the magnitudes of its terms."""
     assert value.dtype == torch.bfloat16
     terms = torch.einsum("i,i...->i...", a, candidates.double())
     return float(((value.double() - terms.sum(0)).abs() / terms.abs().sum(0).clamp(min=1e-30)).max())

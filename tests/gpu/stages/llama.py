@@ -1,4 +1,4 @@
-"""A Llama of 1 and of 7 billion parameters: tokens a second of training its average, and of training it by AdamW."""
+"""Tokens per second for a Llama of 1 and 7 billion parameters: training the average, and training with AdamW."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ def one_billion(setup: Setup) -> Iterator[Row]:
 
 
 def seven_billion(setup: Setup) -> Iterator[Row]:
-    """Bfloat16 weights; the store lies in host memory where the GPU has too little."""
+    """Weights are bfloat16. The store is in host memory if the GPU has too little memory."""
     sizes = TINY if setup.tiny else SEVEN
     elements = sum(p.numel() for p in build(sizes, torch.bfloat16, torch.device("meta")).parameters())
     store = store_bytes("packed4", N, [elements])
@@ -71,7 +71,7 @@ def _measured(
     try:
         work, tokens = working(setup, model, dtype, batch, step)
         seconds = setup.seconds(work, STEPS)
-        twa.cost(1)  # without what the first steps took
+        twa.cost(1)  # without the memory of the first steps
         work()
         parts = twa.cost(1)
         detail = ", ".join(f"{part} {milliseconds(parts[part]['seconds'])}" for part in ("project", "combine"))
@@ -106,7 +106,7 @@ def _ordinary(setup: Setup, name: str, sizes: dict[str, int], dtype: torch.dtype
 def working(
     setup: Setup, model: nn.Module, dtype: torch.dtype, batch: int, step: Callable[[], None]
 ) -> tuple[Callable[[], None], int]:
-    """Return forward, backward and step on one batch, and its tokens."""
+    """Return forward, backward and step on one batch, and its number of tokens."""
     length = setup.size(CONTEXT, 16)
     tokens = torch.randint(256, (batch, length), device=setup.device)
     mixed = dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Versions, the card, and how fast its memory copies."""
+"""Versions, the GPU, and its copy rate."""
 
 import platform
 from collections.abc import Iterator

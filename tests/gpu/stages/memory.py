@@ -1,4 +1,4 @@
-"""Peak memory of a run against what `plan` said, of the device and of the host."""
+"""Peak memory of a run on the device and the host, compared with `plan`."""
 
 from collections.abc import Iterator
 

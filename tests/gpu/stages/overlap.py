@@ -1,4 +1,4 @@
-"""Whether work beside the model hides behind it: `store_device: cpu` and `combine: forward`, by time and by trace."""
+"""The overlap of `store_device: cpu` and `combine: forward` with the model, by time and by trace."""
 
 import json
 import tempfile
@@ -55,7 +55,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def stepping(model: nn.Module, twa: twa_scale.TrainableAverage, x: Tensor) -> Callable[[], None]:
-    """Return two steps: what the first leaves to the next forward pass is part of it."""
+    """Return two steps, because a step leaves work to the next forward pass."""
 
     def step() -> None:
         for _ in range(2):
@@ -67,7 +67,7 @@ def stepping(model: nn.Module, twa: twa_scale.TrainableAverage, x: Tensor) -> Ca
 
 
 def kernels(setup: Setup, work: Callable[[], object]) -> dict[Any, Times]:
-    """Return when kernels and copies ran, by stream."""
+    """Return the times of kernels and copies by stream."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setup.cuda else [])]
     with profile(activities=activities) as profiled:
         work()
@@ -85,7 +85,7 @@ def kernels(setup: Setup, work: Callable[[], object]) -> dict[Any, Times]:
 
 
 def beside(streams: dict[Any, Times]) -> str:
-    """Say how long the busiest stream ran and paused, and how much of the others' time it was running."""
+    """Describe how long the busiest stream ran and paused, and the overlap with the other streams."""
     if not streams:
         return "no kernels in the trace"
     busy = {stream: merged(times) for stream, times in streams.items()}
@@ -100,7 +100,7 @@ def beside(streams: dict[Any, Times]) -> str:
 
 
 def merged(times: Sequence[tuple[float, float]]) -> Times:
-    """Return the same moments without overlaps."""
+    """Return the same intervals without overlaps."""
     ordered = sorted(times)
     ends = list(accumulate((end for _, end in ordered), max))
     actual: Times = []

@@ -1,4 +1,4 @@
-"""The quickstart's run on this device, from candidates of a short training."""
+"""The run of the quickstart on this device, with candidates of a short training."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def pretrain(setup: Setup, config: RunConfig, steps: int) -> tuple[float, float]:
-    """Train the model of the quickstart, leave the last candidates, and return the first and the last loss."""
+    """Train the model of the quickstart, write the last candidates, and return the first and the last loss."""
     torch.manual_seed(0)
     task = build_task(config.task)
     model = task.model().to(setup.device)

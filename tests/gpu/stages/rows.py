@@ -1,4 +1,4 @@
-"""Rows of a store with random content, made on the device at once; and what they are in float64."""
+"""Rows of a store with random content, created on the device, and their values in float64."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from twa_scale.kernels.torch.reference import unpack
 
 STORES = ("packed4", "packed8", "dense16", "dense32", "packed2", "packed1")
 _DTYPES = {"dense32": torch.float32, "dense16": torch.bfloat16}
-_DRAWN = (1 << 20) - 3  # elements; odd, so that no two tiles of a kernel are alike
+_DRAWN = (1 << 20) - 3  # elements; odd, so that all tiles of a kernel differ
 
 
 def random_rows(store: str, n: int, m: int, device: torch.device, start: int = 0) -> Dense | Packed:
@@ -34,7 +34,7 @@ def randomize(rows: Dense | Packed) -> None:
 
 
 def repeat(tensor: Tensor, draw: Callable[[Tensor], object]) -> None:
-    """Draw a part of a vector, and copy it over and over: a CPU takes minutes to draw what a GPU draws in a second."""
+    """Draw a part of a vector and repeat it, because a CPU takes minutes to draw what a GPU draws in a second."""
     done = min(_DRAWN, len(tensor))
     draw(tensor[:done])
     while done < len(tensor):

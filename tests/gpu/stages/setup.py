@@ -1,4 +1,4 @@
-"""Where a stage runs, how large, and what it returns."""
+"""The device and the sizes of a stage, and its results."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was measured, and what it is held against."""
+    """One line of the table: a measured value and the expected one."""
 
     what: str
     measured: str
@@ -21,7 +21,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how large."""
+    """The device and the sizes."""
 
     device: torch.device
     tiny: bool
@@ -45,7 +45,7 @@ class Setup:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], times: int = 10) -> float:
-        """Return the median of several calls; two calls before compile, and touch memory."""
+        """Return the median time of several calls, after two calls for compilation and warm-up."""
         actual: list[float] = []
         for _ in range(2 + self.size(times, 1)):
             self.wait()
@@ -56,7 +56,7 @@ class Setup:
         return sorted(actual[2:])[len(actual[2:]) // 2]
 
     def device_seconds(self, work: Callable[[], object], times: int = 10) -> float:
-        """Return the median by events of the GPU, which leave out what the host takes to launch the first kernel."""
+        """Return the median time by GPU events, without the launch time of the first kernel."""
         if not self.cuda:
             return self.seconds(work, times)
         events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -1,4 +1,4 @@
-"""Every library that shards models: coefficients and exported weights against plain training on a CPU."""
+"""Coefficients and exported weights of every sharding library, compared with training of a plain model on a CPU."""
 
 import os
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def compared(device: torch.device, scratch: Path, want: Trained) -> Iterator[Row]:
-    """Train with every library, in the process group that there is."""
+    """Train with every library in the present process group."""
     for kind in KINDS:
         label = f"{kind}, {dist.get_world_size()} rank{'s' * (dist.get_world_size() > 1)}"
         if kind == "fairscale" and device.type == "cpu":
@@ -43,7 +43,7 @@ def compared(device: torch.device, scratch: Path, want: Trained) -> Iterator[Row
             continue
         try:
             actual = trained(wrap(build().to(device), kind), device, scratch)
-        except Exception as error:  # each library is tried
+        except Exception as error:  # a failure of one library does not stop the others
             first_line = str(error).strip().partition("\n")[0]
             yield Row(label, f"{type(error).__name__}: {first_line[:150]}", ok=False)
             continue
@@ -69,7 +69,7 @@ def candidates() -> list[dict[str, Tensor]]:
 
 
 def wrap(model: Any, kind: str) -> Any:
-    """Hand the model to a library, one unit inside another."""
+    """Wrap the model with a library, with nested units."""
     device = next(model.parameters()).device
     match kind:
         case "fsdp2":
@@ -91,7 +91,7 @@ def wrap(model: Any, kind: str) -> Any:
 
 
 def trained(model: Any, device: torch.device, scratch: Path) -> Trained:
-    """Attach and take some steps; all ranks see the same batches. Collective where the model is sharded."""
+    """Attach and take some steps. All ranks see the same batches. Collective if the model is sharded."""
     twa = twa_scale.attach(model, candidates(), CONFIG)
     generator = torch.Generator().manual_seed(2)
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Candidates of any size in no time: attach gives the store random deltas, made on its device, and reads nothing."""
+"""Candidates of any size without files: `attach` fills the store with random deltas on its device and reads nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def _normal(part: Tensor) -> Tensor:
 
 
 class SyntheticStream(Stream):
-    """A stream that makes deltas up. What it does not override is as in a run, on tensors that are not trained."""
+    """A stream that creates random deltas. Tensors that are not trained are read as in a run."""
 
     def make_deltas(self, targets: Mapping[Span, Target], weights: Sequence[float]) -> None:
         n = len(self._candidates)
@@ -46,12 +46,12 @@ class SyntheticStream(Stream):
             self.checksums[span.name] = torch.randint(1 << 40, (n,))
 
     def check(self, jobs: object) -> None:
-        """Read nothing: the checksums are made up, too."""
+        """Read nothing. The checksums are random, too."""
 
 
 @contextmanager
 def synthetic(model: nn.Module, n: int) -> Iterator[list[dict[str, Tensor]]]:
-    """Have `attach` make its deltas up; returns candidates whose tensors share one number each."""
+    """Make `attach` create its deltas. Return candidates whose tensors have one value each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_candidates, "Stream", SyntheticStream)
         yield [{name: torch.zeros(1).expand(p.shape) for name, p in model.named_parameters()} for _ in range(n)]

@@ -1,4 +1,4 @@
-"""The same with two processes on one card: over NCCL where it lets them, else over gloo with tensors on the GPU."""
+"""Training with two processes on one GPU: over NCCL if possible, otherwise over gloo with tensors on the GPU."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def run(setup: Setup) -> Iterator[Row]:
     assert ranks is not None
     ended, failure = False, None
     with rows.open() as file:
-        while not ended:  # rows come out as they are found: a rank may hang later
+        while not ended:  # rows are printed at once, because a rank may hang later
             try:
                 ended = ranks.join(timeout=1)
             except Exception as error:  # of a rank
@@ -39,7 +39,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def rank_of(rank: int, device_name: str, folder_name: str) -> None:
-    """Do what one rank does. The first writes rows as it finds them."""
+    """Run one rank. Rank 0 writes rows as they are measured."""
     torch.set_num_threads(1)
     device, folder = torch.device(device_name), Path(folder_name)
     expected = reference(folder)
@@ -50,11 +50,11 @@ def rank_of(rank: int, device_name: str, folder_name: str) -> None:
             file.write(json.dumps(asdict(row)) + "\n")
             file.flush()
     dist.destroy_process_group()
-    exit_process(0)  # threads of gloo may abort an interpreter that is finalized
+    exit_process(0)  # threads of gloo may abort an interpreter that is being finalized
 
 
 def connected(rank: int, device: torch.device, folder: Path) -> tuple[str, str]:
-    """Make the process group, and return its backend and why it is not NCCL."""
+    """Create the process group. Return its backend, and the reason if it is not NCCL."""
 
     def join(backend: str) -> None:
         store = dist.FileStore(str(folder / backend.replace(":", "-")), RANKS)

@@ -1,4 +1,4 @@
-"""A whole update of the shard that a rank of 64 has of a 70B Llama, against the step of AdamW(fused=True) on it."""
+"""The update of the shard of one rank of 64 of a 70B Llama, compared with a step of AdamW(fused=True) on it."""
 
 import time
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def optimizer_of(sizes: list[int], device: torch.device) -> torch.optim.Optimize
 
 
 class Update:
-    """Project, copy the products to the host, step on the coefficients there, and combine: as a step does."""
+    """Project, copy the products to the host, step on the coefficients, and combine, as a step does."""
 
     def __init__(self, store: str, sizes: list[int], device: torch.device) -> None:
         config = TwaConfig(store=store)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How often a step makes the host wait for the GPU, as torch's own watch over synchronizing operations sees it."""
+"""The number of times that a step makes the host wait for the GPU, according to torch."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ FORWARD = {"combine: forward": {"combine": "forward"}, "both": {"combine": "forw
 
 
 def build(device: torch.device, width: int = WIDTH, blocks: int = BLOCKS, *, sharded: bool) -> nn.Module:
-    """Return blocks of one matrix each; each is a unit of FSDP2."""
+    """Return blocks of one matrix each. Each is a unit of FSDP2."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(blocks))).to(device)
     if sharded:
@@ -37,7 +37,7 @@ def build(device: torch.device, width: int = WIDTH, blocks: int = BLOCKS, *, sha
 
 
 def candidates(n: int = N, width: int = WIDTH, blocks: int = BLOCKS) -> list[dict[str, torch.Tensor]]:
-    """Return candidates of such a model, in host memory."""
+    """Return candidates of such a model in host memory."""
     model = build(torch.device("cpu"), width, blocks, sharded=False)
     return [{k: v + 0.01 * torch.randn_like(v) for k, v in model.state_dict().items()} for _ in range(n)]
 
@@ -61,7 +61,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def waits(setup: Setup, work: Callable[[], object]) -> int:
-    """Return how many operations have made the host wait; on a CPU none does."""
+    """Return the number of operations that made the host wait. On a CPU it is 0."""
     if not setup.cuda:
         work()
         return 0
