@@ -1,4 +1,4 @@
-"""Adapters of PEFT, written and read by PEFT: averages of factors and of products, attach, export and inspect."""
+"""PEFT adapters, written and read by PEFT: averages of factors and of products, attach, export and inspect."""
 
 import json
 import warnings
@@ -41,14 +41,14 @@ KEPT = "the base model keeps its"
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three adapters of other ranks and scalings."""
+    """Return three adapters of different ranks and scalings."""
     root = tmp_path_factory.mktemp("mixed")
     return [save(adapted(seed=i, **settings), root / f"step-{i}") for i, settings in enumerate(MIXED)]
 
 
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three adapters of one rank and one scaling."""
+    """Return three adapters of one rank and one scaling."""
     root = tmp_path_factory.mktemp("alike")
     return [save(adapted(seed=i), root / f"step-{i}") for i in range(3)]
 
@@ -95,7 +95,7 @@ def test_products_of_stacked_experts(rank: int | None, tmp_path: Path) -> None:
 
 
 def test_products_are_those_of_peft(alike: list[str], tmp_path: Path) -> None:
-    """`cat` is the exact average; `linear` takes roots of weights, so n equal adapters give n times their update."""
+    """`cat` is exact. `linear` takes roots of weights, so that n equal adapters give n times their update."""
     average_fixed(alike, tmp_path / "out", [0.5, 0.25, 0.25], space="product")
     with pytest.warns(TwaWarning, match="count 2 times"):
         average_fixed(alike[:1] * 2, tmp_path / "same", space="factors")
@@ -131,7 +131,7 @@ def test_bfloat16_adapters_stay_bfloat16(tmp_path: Path) -> None:
 
 
 def test_factors_take_other_scalings_into_account(tmp_path: Path) -> None:
-    """The update of one candidate alone is that candidate's, whatever its scaling."""
+    """The average of one candidate alone has the update of that candidate, for any scaling."""
     settings: list[dict[str, Any]] = [{"lora_alpha": 3, "use_rslora": True}, {"lora_bias": False}]
     paths = [save(adapted(seed=i, **first), tmp_path / f"{i}") for i, first in enumerate(settings)]
     average_fixed(paths, tmp_path / "out", [1.0, 0.0], space="factors")
@@ -148,7 +148,7 @@ def test_factors_of_one_scaling_are_averaged_one_by_one(alike: list[str], tmp_pa
 
 
 def test_slices_of_concatenated_factors(mixed: list[str]) -> None:
-    """Any slice, within and over rows, of tensors that no file holds."""
+    """Slices within and across rows of tensors that no file contains."""
     for candidate, path in zip(open_candidates(mixed, wanted=Wanted(space="product")), mixed, strict=True):
         nonzero = 0
         for name in candidate.names():
@@ -245,7 +245,7 @@ def test_attach_to_the_factors(alike: list[str], tmp_path: Path) -> None:
 
 
 def test_attach_to_the_products(mixed: list[str], tmp_path: Path) -> None:
-    """The live model is linear in the coefficients, whose gradient is that of the dense sum."""
+    """The live model is linear in the coefficients. Their gradient is that of the dense sum."""
     average_fixed(mixed, tmp_path / "start", space="product")
     model = load(tmp_path / "start", trainable=True)
     with pytest.warns(TwaWarning, match=KEPT):
@@ -352,7 +352,7 @@ class Two(nn.Module):
         super().__init__()
         self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
         self.register_buffer("scale", torch.ones(2))
-        self.codes = nn.Parameter(torch.arange(2, dtype=torch.uint8), requires_grad=False)  # as of a quantized base
+        self.codes = nn.Parameter(torch.arange(2, dtype=torch.uint8), requires_grad=False)  # as with a quantized base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.head(self.body(x))

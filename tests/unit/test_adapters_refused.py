@@ -1,4 +1,4 @@
-"""Adapters of PEFT whose settings give their tensors different meanings, and live adapters that cannot be averaged."""
+"""Refused PEFT adapters: settings that change the meaning of tensors, and live adapters that cannot be averaged."""
 
 import json
 import shutil
@@ -25,13 +25,13 @@ BOTH = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up
 
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two LoRA adapters that differ in their tensors only."""
+    """Return two LoRA adapters that differ only in their tensors."""
     root = tmp_path_factory.mktemp("alike")
     return [save(adapted(seed=i), root / f"step-{i}") for i in range(2)]
 
 
 def changed(adapter: str, path: Path, **settings: Any) -> str:
-    """Copy an adapter, with other settings in adapter_config.json."""
+    """Copy an adapter with other settings in adapter_config.json."""
     shutil.copytree(adapter, path)
     config = path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))
@@ -55,7 +55,7 @@ def test_patterns_have_the_names_of_parameters(tmp_path: Path) -> None:
 
 
 def test_patterns_that_tell_parameters_of_one_module_apart(tmp_path: Path) -> None:
-    """Files do not say which factors are those of which parameter. Equal settings need no scalings."""
+    """Files do not contain which factors belong to which parameter. Equal settings need no scalings."""
     pattern = {"mlp.experts.gate_up_proj": 32}
     paths = [expert_adapter(i, tmp_path / f"{i}", **BOTH, alpha_pattern=pattern) for i in range(2)]
     plain = expert_adapter(2, tmp_path / "2", **BOTH)
@@ -105,7 +105,7 @@ def test_settings_that_change_the_meaning(
 
 
 def test_settings_that_are_off_are_no_difference(alike: list[str], tmp_path: Path) -> None:
-    """Older versions of PEFT do not write all settings. Lists of names have any order."""
+    """Older versions of PEFT do not write all settings. Lists of names may have any order."""
     first = changed(alike[0], tmp_path / "a", use_dora=None, layer_replication=[], target_parameters=["a.b", "c.d"])
     second = changed(alike[1], tmp_path / "b", target_parameters=["c.d", "a.b"])
     average_fixed([first, second], tmp_path / "out", space="factors")

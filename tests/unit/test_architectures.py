@@ -1,4 +1,4 @@
-"""Architectures of transformers that the documentation lists: candidates are read, and exports read again."""
+"""transformers architectures in the documentation: candidates are read, and exports can be loaded."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def built(architecture: Architecture, seed: int) -> transformers.PreTrainedModel
     torch.manual_seed(seed)
     model: transformers.PreTrainedModel = getattr(transformers, architecture.model)(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # many start at zero or one
+        for parameter in model.parameters():  # many are initialized with zero or one
             parameter.normal_()
         for module in model.modules():  # some classes set this row to zero again when they load
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
@@ -46,7 +46,7 @@ def built(architecture: Architecture, seed: int) -> transformers.PreTrainedModel
 
 
 def assert_same_files(written: Path, saved: Path, ties: Mapping[str, str]) -> None:
-    """Check that a directory holds what `save_pretrained` has written: names, but for those that are tied, and bits."""
+    """Check that a directory has the names and bits that `save_pretrained` has written, except for tied tensors."""
     actual, expected = (
         {ties.get(name, name): value for name, value in load_file(directory / "model.safetensors").items()}
         for directory in (written, saved)
@@ -125,11 +125,11 @@ def test_a_run_is_exported_in_the_form_of_its_candidates(groups: str, group: str
 
 
 class Doubled(transformers.LlamaForCausalLM):
-    """A model whose files hold half of a weight."""
+    """A model whose files store half of a weight."""
 
 
 class Twice(ConversionOps):
-    """Does more than move elements."""
+    """A conversion that computes instead of only moving elements."""
 
     def convert(self, input_dict: dict[str, Any], **_: object) -> dict[str, Any]:
         return {name: tensors[0] * 2 for name, tensors in input_dict.items()}

@@ -1,4 +1,4 @@
-"""The data of `causal_lm` in files that other libraries write: records, token files, chats, and several sources."""
+"""The data of `causal_lm` in files of other libraries: records, token files, chats, and several sources."""
 
 import gzip
 import importlib.util
@@ -61,13 +61,13 @@ def tokens_of(examples: Examples) -> list[list[int]]:
 
 
 def predicted_of(examples: Examples) -> list[list[int]]:
-    """Return the labels of each example, without those that are ignored."""
+    """Return the labels of each example, without ignored ones."""
     return [[label for label in examples[i]["labels"].tolist() if label != -100] for i in range(len(examples))]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Makes a model directory whose tokens are bytes + 1, with this chat template; 0 ends a text, and may begin it."""
+    """Create a model directory whose tokens are bytes + 1, with this chat template. Token 0 ends a text."""
 
     def make(template: str | None, begins: bool = False) -> str:
         directory = tmp_path_factory.mktemp("model")
@@ -263,7 +263,7 @@ def write_megatron(prefix: Path, dtype: str, code: int | None = None) -> None:
     [("uint16", 8), *((dtype, None) for dtype in ("uint8", "int16", "int32", "int64", "uint16", "uint32", "uint64"))],
 )
 def test_files_of_megatron(tmp_path: Path, dtype: str, code: int | None) -> None:
-    """The codes of DeepSpeed, and Megatron-LM's 8 for uint16."""
+    """Codes of DeepSpeed, and Megatron-LM's code 8 for uint16."""
     write_megatron(tmp_path / "corpus_text_document", dtype, code)
     for inputs in ("corpus_text_document.bin", "corpus_text_document", "", "corpus*"):
         options = {"tokens": {"train": str(tmp_path / inputs)}, "context": 3}
@@ -446,7 +446,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Callable[..., Task]:
-    """Makes a task with documents of 1 to 12 tokens in windows of 12, for a small model of this kind."""
+    """Create a task with documents of 1 to 12 tokens in windows of 12, for a small model of this kind."""
 
     def make(**config: Any) -> Task:
         (tmp_path / "config.json").write_text(json.dumps({**SIZES, **config}))
@@ -467,7 +467,7 @@ def test_isolated_documents_have_the_loss_that_they_have_alone(packed: Callable[
     net.set_attn_implementation(attention)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.mul_(5.0)  # so that what a token sees matters
+            parameter.mul_(5.0)  # so that preceding tokens change the result
         actual = task.loss(net, batch)
         losses = [
             torch.nn.functional.cross_entropy(
@@ -693,7 +693,7 @@ def test_values_that_python_cannot_express(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(("column", "setting"), [("text", "text"), ("input_ids", "tokens")])
 @pytest.mark.parametrize(("at", "offset"), [(8, 4000), (4, -5), (2, 40)])
 def test_offsets_outside_the_values(tmp_path: Path, column: str, setting: str, at: int, offset: int) -> None:
-    """pyarrow does not check offsets when it reads a file, and reads memory of others with them."""
+    """pyarrow does not check offsets when it reads a file, and would read other memory with these."""
     table = pa.table({column: ["abcd"] * 8 if column == "text" else [[1, 2, 3, 4]] * 8})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:

@@ -34,7 +34,7 @@ each_bits = pytest.mark.parametrize("bits", BITS)
 
 
 def walk(n: int, m: int, seed: int = 0) -> Tensor:
-    """Return candidates of one run, as a random walk."""
+    """Return candidates of one run: a random walk."""
     torch.manual_seed(seed)
     return (torch.randn(1, m) + 0.1 * torch.randn(n, m).cumsum(0)).float()
 
@@ -201,7 +201,7 @@ class TestAttached:
         twa.close()
 
     def test_state_is_loaded_with_another_coding(self) -> None:
-        """Coefficients belong to candidates, whatever the coding."""
+        """Coefficients refer to candidates and do not depend on the coding."""
         given_ = states(6)
         settings_ = {"store": "packed8", "groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.3}}
         ended = []

@@ -1,4 +1,4 @@
-"""Configurations and vocabularies in which candidates differ are said; what says nothing of the weights is not."""
+"""Differences between candidates in configurations and vocabularies are reported, except for irrelevant entries."""
 
 import json
 from pathlib import Path

@@ -84,7 +84,7 @@ def test_a_value_of_no_branch_of_a_union_is_one_message(settings: dict[str, Any]
     assert re.fullmatch(f"config: {message}", str(caught.value)), caught.value
 
 
-UNTYPED: Any = TwaConfig  # to be called as the type checker would refuse
+UNTYPED: Any = TwaConfig  # calls that the type checker refuses
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_an_option_of_a_later_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_known_optimizers_are_those_of_torch() -> None:
-    """Each optimizer takes a step with each of its options; the others cannot train on a CPU."""
+    """Each optimizer takes a step with each of its options. The other optimizers cannot train on a CPU."""
     classes = {n.lower(): c for n, c in vars(torch.optim).items() if isinstance(c, type) and n != "Optimizer"}
     classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer)}
     assert classes.keys() - {"lbfgs", "sparseadam"} <= OPTIONS.keys()
@@ -401,7 +401,7 @@ def test_the_known_optimizers_are_those_of_torch() -> None:
     for name in classes.keys() & OPTIONS.keys():
         signature = inspect.signature(classes[name]).parameters
         options = set(OPTIONS[name].split())
-        later = options - signature.keys()  # what an older torch does not take is refused when it is used
+        later = options - signature.keys()  # an option that an older torch does not have is refused when it is used
         assert not later or torch.__version__ < "2.13", name
         assert options - later == signature.keys() - left_out, name
         for option in options - later:

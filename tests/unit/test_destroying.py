@@ -1,4 +1,4 @@
-"""Process groups of early versions of torch outlive their end for a while."""
+"""Process groups of early versions of torch remain for a while after they were destroyed."""
 
 import time
 

@@ -35,9 +35,9 @@ YOLOS = {
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 OBJECTS: list[dict[str, Any]] = [
     {"image_id": 11, "category_id": 3, "bbox": [6, 4, 30, 20], "area": 600, "iscrowd": 0},
-    {"image_id": 11, "category_id": 7, "bbox": [50, 10, 30, 20], "area": 400, "iscrowd": 0},  # over the edge
+    {"image_id": 11, "category_id": 7, "bbox": [50, 10, 30, 20], "area": 400, "iscrowd": 0},  # across the border
     {"image_id": 11, "category_id": 7, "bbox": [0, 0, 60, 40], "area": 2400, "iscrowd": 1},
-    {"image_id": 4, "category_id": 7, "bbox": [5, 5, 0, 9], "area": 0, "iscrowd": 0},  # without width
+    {"image_id": 4, "category_id": 7, "bbox": [5, 5, 0, 9], "area": 0, "iscrowd": 0},  # with zero width
     {"image_id": 4, "category_id": 7, "bbox": [5, 5, 8, 9], "area": 72, "iscrowd": 0},
 ]
 
@@ -102,7 +102,7 @@ def test_examples_and_losses_are_those_of_transformers(tmp_path: Path, kind: str
 
 
 class Finder(nn.Module):
-    """A model of one's own that finds the objects of each image, some of them with errors."""
+    """A custom model that detects the objects of each image, some of them with errors."""
 
     def __init__(self, shift: float = 0.0) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_average_precision_of_known_boxes() -> None:
 
 
 def test_pycocotools_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is missed before candidates are read, not at the first evaluation."""
+    """The error is raised before candidates are read, not at the first evaluation."""
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ConfigError, match=r"pip install twa-scale\[detection\]"):

@@ -1,4 +1,4 @@
-"""What a step asks of a GPU, on one that is simulated: how often the host waits, and what orders streams."""
+"""The GPU operations of a step on a simulated GPU: how often the host waits, and what orders streams."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -140,7 +140,7 @@ def two_buffers(device: Simulated) -> None:
 def test_streams_are_ordered(
     device: Simulated, work: Callable[[Simulated], None], left_out: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No operation reads or writes memory that another stream may still write or read; and each wait is needed."""
+    """No operation uses memory that another stream may still write or read, and each wait is needed."""
     if left_out:
         monkeypatch.setattr(Stream, left_out, lambda *_: None)
     work(device)

@@ -1,4 +1,4 @@
-"""Corners of the public door, each of which could go wrong without a word."""
+"""Edge cases of the public API in which errors could remain unnoticed."""
 
 import copy
 import warnings
@@ -48,7 +48,7 @@ def test_gradients_from_before_attach_do_not_count() -> None:
 
 
 def test_a_candidate_that_is_the_average_of_the_others_moves_nothing() -> None:
-    """Its delta is rounding, which a unit-norm direction would blow up by seven orders of magnitude."""
+    """Its delta is a rounding error, which a direction of unit norm would amplify by seven orders of magnitude."""
     first, second, *_ = candidates()
     mean = {k: (first[k] + second[k]) / 2 for k in first}
     net = model()
@@ -64,7 +64,7 @@ def test_a_candidate_that_is_the_average_of_the_others_moves_nothing() -> None:
 
 
 class Odd(nn.Module):
-    """Tensors that float32 cannot hold: they are frozen, or buffers."""
+    """Tensors that float32 cannot represent: they are frozen, or buffers."""
 
     seventh: Tensor
     count: Tensor
@@ -131,14 +131,16 @@ def test_attaching_twice_is_refused() -> None:
 
 
 def test_candidates_that_are_refused_are_closed(tmp_path: Path) -> None:
-    """After some of their bytes have been read."""
+    """Some of their bytes have been read before."""
     states = candidates(3)
     states[2]["2.bias"][1] = float("nan")
     for i, state in enumerate(states):
         save_file(state, tmp_path / f"{i}.safetensors")
     with pytest.raises(CandidateError, match="nan"):
         twa_scale.attach(model(), str(tmp_path / "*.safetensors"))
-    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]  # not that of the listing itself
+    links = [
+        path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()
+    ]  # without the directory listing itself
     assert links and not any(path.readlink().is_relative_to(tmp_path) for path in links)
 
 
@@ -233,7 +235,7 @@ def test_the_state_dict_of_a_lazy_module_is_refused() -> None:
 
 
 def test_calls_in_inference_mode_do_what_they_do_outside() -> None:
-    """What is made there could not be trained or written later."""
+    """Tensors created in inference mode could not be trained or written later."""
 
     def trained(inside: bool) -> torch.Tensor:
         torch.manual_seed(0)
@@ -288,7 +290,7 @@ def test_changes_of_what_is_trained_are_refused_or_reported() -> None:
 def test_an_export_reports_weights_that_other_code_has_changed(tmp_path: Path) -> None:
     net: Any = model()
     twa = twa_scale.attach(net, candidates(), SGD)
-    for _ in range(2):  # a step reports it once, an export each time
+    for _ in range(2):  # reported once by steps, and by each export
         with torch.no_grad():
             net[0].weight.clamp_(max=0.1)
         with pytest.warns(TwaWarning, match=r"'0\.weight' was written.*The export has the weights as they are now"):

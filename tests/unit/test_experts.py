@@ -1,4 +1,4 @@
-"""`groups: expert`: which tensors stack experts, what is said and refused, and what reads the groups afterwards."""
+"""`groups: expert`: which tensors stack experts, the messages, and the code that uses the groups."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ E = EXPERTS
 
 
 class Holder(nn.Module):
-    """Tensors of these shapes, and what else is given as attributes."""
+    """A module with tensors of these shapes and further attributes."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], **attributes: Any) -> None:
         super().__init__()

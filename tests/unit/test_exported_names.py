@@ -1,4 +1,4 @@
-"""Outputs carry the names that the candidates' own loaders expect."""
+"""Outputs have the tensor names that the candidates' own loaders expect."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_a_model_loads_its_own_average(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["AveragedModel", "attribute"])
 def test_names_of_wrappers_are_those_of_the_candidates(tmp_path: Path, kind: str) -> None:
-    """Candidates that DDP has saved are read by what reads DDP's state dicts, and so is their average."""
+    """Code that reads DDP's state dicts reads candidates that DDP has saved and their average."""
     paths = saved(KINDS[kind], tmp_path, "module.")
     twa = twa_scale.attach(KINDS[kind](), paths)
     twa.export(tmp_path / "exported", max_shard_size=40)

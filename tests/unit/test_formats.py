@@ -1,4 +1,4 @@
-"""Outputs in the formats pt, dcp and same: torch reads them, and `same` changes the numbers of the weights only."""
+"""Outputs in the formats pt, dcp and same: torch reads them, and `same` changes only the values of the weights."""
 
 import warnings
 import zipfile
@@ -36,7 +36,7 @@ SAME = OutputOptions(form="same")
 
 
 def state(value: float) -> State:
-    """Tensors of several types and layouts."""
+    """Return tensors of several types and layouts."""
     generator = torch.Generator().manual_seed(int(value))
     return {
         "rows": torch.randn(9, 4, generator=generator),

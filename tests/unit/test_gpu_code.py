@@ -1,4 +1,4 @@
-"""What Triton compiles the GPU kernels to, for processors that this machine does not have."""
+"""Compiling the GPU kernels with Triton for processors that this machine does not have."""
 
 from itertools import product
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What runs on a GPU machine for a few minutes starts and ends here, too: without a GPU, and on small data on a CPU."""
+"""The GPU stages start and end without a GPU, and run with small data on a CPU."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_script(tmp_path: Path) -> None:
-    """A stage is a process of its own; the table is printed at the end."""
+    """Each stage is a separate process. The table is printed at the end."""
     environment = {**WITHOUT_GPU, "OUT": str(tmp_path), "PYTHON": sys.executable}
     command = ["bash", "tests/gpu/run.sh", "kernels"]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -64,11 +64,11 @@ def test_a_stage_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_all_stages_on_small_data(tmp_path: Path) -> None:
-    """In one process, and nothing is unlike what is expected but for what a CPU cannot do."""
+    """All stages run in one process. All results are as expected, except for what a CPU cannot do."""
     command = [sys.executable, "-m", "tests.gpu.stages", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    __main__.write_table(tmp_path)  # as the script does, in a process of its own
+    __main__.write_table(tmp_path)  # in a separate process, as in the script
     actual = results(tmp_path)
     assert {row["stage"] for row in actual} == set(STAGES)
     assert {row["stage"] for row in actual if row["ok"] is False} <= {"update"}
@@ -84,7 +84,7 @@ def test_times_of_streams() -> None:
 
 
 class Launched:
-    """Stands in for a Triton kernel."""
+    """A replacement for a Triton kernel."""
 
     def __init__(self) -> None:
         self.times = 0

@@ -1,4 +1,4 @@
-"""The part of a grid that `make test` runs."""
+"""The cases of a grid that `make test` runs."""
 
 from itertools import combinations, product
 

@@ -40,7 +40,7 @@ PROCESSORS = {"ViT": "ViT", "Dinov2": "Bit", "ConvNext": "ConvNext", "ResNet": "
 
 
 def images() -> list[Image.Image]:
-    """Return images of several sizes: their left half is of their color."""
+    """Return images of several sizes. The color of the left half depends on the label."""
     made = []
     for i, color in enumerate(COLORS):
         image = Image.new("RGB", (40 + 8 * i, 48), (9, 9, 9))
@@ -168,7 +168,7 @@ def test_arrays_go_through_the_image_processor(tmp_path: Path) -> None:
 
 
 class Wrapped(nn.Module):
-    """A model of one's own that returns an object with `logits`, a tuple, or a tensor."""
+    """A custom model that returns an object with `logits`, a tuple, or a tensor."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def test_models_that_return_an_object_with_logits(tmp_path: Path) -> None:
 
 
 def test_row_groups_are_shuffled_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stretches of rows come one after the other, in a random order, whatever the number of ranks."""
+    """Groups of rows are read one after another in a random order, for any number of ranks."""
     monkeypatch.setattr(arrow_columns, "_PIECE_COST", 1)
     monkeypatch.setattr(arrow_columns, "_CACHE", 1)
     raw = [encoded(image) for image in images()] * 8

@@ -35,7 +35,7 @@ ORDER = [
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Return dotted module name -> file; `candidates/__init__.py` is `twa_scale.candidates`."""
+    """Return file by dotted module name; `candidates/__init__.py` is `twa_scale.candidates`."""
     return {
         ".".join((package.name, *file.relative_to(package).with_suffix("").parts)).removesuffix(".__init__"): file
         for file in sorted(package.rglob("*.py"))
@@ -53,7 +53,7 @@ def imports(module: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
             parents = home.split(".")[: len(home.split(".")) + 1 - node.level] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
-            # `from package import name`: a module of that name, or else what the package itself defines
+            # `from package import name`: a module of that name, or a name in the package
             names = [name if name in known else base for name in names]
         else:
             continue
@@ -61,14 +61,14 @@ def imports(module: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
 
 
 def package_of(module: str) -> str:
-    """Return the top-level module or package that a module belongs to; empty for the package itself."""
+    """Return the top-level module or package of a module, or an empty text for the package itself."""
     return (*module.split(".")[1:], "")[0]
 
 
 def violations(module: str, known: dict[str, Path], order: list[str]) -> list[str]:
     """Return one message for each import from a package that is neither earlier nor the module's own."""
     own = package_of(module)
-    if not own:  # the package itself comes after all
+    if not own:  # the package itself comes last
         return []
     if own not in order:
         return [f"{module}: `{own}` has no place in the import order; give it one in {Path(__file__).name}"]
@@ -81,7 +81,7 @@ def violations(module: str, known: dict[str, Path], order: list[str]) -> list[st
 
 
 def circle(known: dict[str, Path]) -> list[str]:
-    """Return the modules of an import cycle; empty when there is none."""
+    """Return the modules of an import cycle, or an empty list."""
     graph = {module: {target for _, target in imports(module, known)} for module in known}
     try:
         TopologicalSorter(graph).prepare()
@@ -94,7 +94,7 @@ MODULES = modules(PACKAGE)
 
 
 def test_imports_run_one_way() -> None:
-    """One test for all modules: each violation names its own."""
+    """One test checks all modules. The message of each violation names its module."""
     assert [message for module in MODULES for message in violations(module, MODULES, ORDER)] == []
 
 
@@ -103,13 +103,13 @@ def test_no_package_imports_in_circles() -> None:
 
 
 def test_packages_only_re_export() -> None:
-    """All but the package itself, which imports its public names on first use."""
+    """All packages but the top-level one, which imports its public names on first use."""
     packages = {name: file for name, file in MODULES.items() if file.name == "__init__.py" and name != PACKAGE.name}
     assert [f"{name}:{line} is logic" for name, file in packages.items() for line in logic(file)] == []
 
 
 def logic(file: Path) -> list[int]:
-    """Return the lines of statements that are no docstring, import or `__all__`."""
+    """Return the lines of statements other than docstrings, imports and `__all__`."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
     if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body = body[1:]  # the docstring
@@ -121,7 +121,7 @@ def names_only(node: ast.stmt) -> bool:
 
 
 def test_imports_no_torch() -> None:
-    """Loaded without the package's own `__init__`, which re-exports what needs torch."""
+    """The module is loaded without the package's `__init__`, which re-exports names that need torch."""
     program = f"""
 import importlib, sys, types
 package = types.ModuleType("twa_scale")

@@ -36,7 +36,7 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# Each of these would wait for ever, or read without end, if it were opened.
+# Opening any of these would block, or reading would not end.
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -96,7 +96,7 @@ def test_file_larger_than_its_limit(working_directory: Path) -> None:
         (b'{"a":' * N, "nested more than"),
         (b"]" * N, "do not match"),
         (b"[" + b"1," * 10_000_001 + b"1]", "more than 10000000 values"),
-        (b'"' + b'\\"' * N, "Unterminated"),  # quadratic for a pattern that looks for the end of each quote
+        (b'"' + b'\\"' * N, "Unterminated"),  # quadratic time for a pattern that searches for the end of each quote
         (b'{"a": 1, "a": 2}', "key 'a' is given twice"),
         (b'{"\\ud800": 1}', "surrogates not allowed"),
         (b"\xff", "can't decode"),
@@ -195,7 +195,7 @@ def test_configuration_has_bounds(working_directory: Path) -> None:
 
 def test_anchors_and_merges_of_yaml(working_directory: Path) -> None:
     Path("x.yaml").write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\n")
-    with pytest.raises(ConfigError, match="unknown key 'a'"):  # it was parsed
+    with pytest.raises(ConfigError, match="unknown key 'a'"):  # the file was parsed
         load_config("x.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Arrays in .json files are read one item at a time, whatever the size of what is read."""
+"""Arrays in .json files are read one item at a time, for any block size."""
 
 import gzip
 import io

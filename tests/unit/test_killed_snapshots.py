@@ -1,4 +1,4 @@
-"""A process that writes snapshots is killed before each of its changes to files; the next start completes its work."""
+"""If a process that writes snapshots is killed before any change to files, the next start completes its work."""
 
 import multiprocessing
 import os
@@ -41,7 +41,7 @@ def save_fourth_asynchronously(directory: Path) -> None:
 
 
 def visible(directory: Path) -> set[int]:
-    """Return the steps of the candidates, all of which are whole."""
+    """Return the steps of the candidates, all of which are complete."""
     steps = {int(path.name.removeprefix("step-")) for path in directory.glob("step-*")}
     for step in steps:
         assert load_file(directory / f"step-{step:08d}/model.safetensors")["a"].tolist() == [step] * 4
@@ -49,13 +49,13 @@ def visible(directory: Path) -> set[int]:
 
 
 def die_before(change: int, number: signal.Signals) -> None:
-    """Send a signal to this process before it changes files for the `change`-th time from now on."""
+    """Send a signal to this process before its `change`-th change to files from now on."""
     left = count(change - 1, -1)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if (event in CHANGES or (event == "open" and arguments[2] & WRITES)) and next(left) == 0:
             os.kill(os.getpid(), number)
-            time.sleep(60)  # the handler, if any, runs now
+            time.sleep(60)  # the handler, if any, runs here
 
     sys.addaudithook(hook)
 
@@ -68,7 +68,7 @@ def killed_life(life: Life, directory: Path, change: int, number: signal.Signals
 
 
 def after_kills(life: Life, start: Path, number: signal.Signals) -> Iterator[Path]:
-    """Yield what is left of `start` by lives that were killed before their first change of files, the second, ..."""
+    """Yield the results of `start` in processes that were killed before their first change of files, the second, ..."""
     for change in count(1):
         directory = start.with_name(f"{life.__name__}-{change}")
         shutil.copytree(start, directory)
@@ -111,7 +111,7 @@ def test_the_next_start_is_killed_too(three: Path) -> None:
 
 
 def test_signals_leave_names_to_the_next_start(tmp_path: Path) -> None:
-    """Only the names of the main thread are removed: another thread may be about to publish its own."""
+    """Only names of the main thread are removed, because another thread may be publishing."""
 
     def hold(directory: Path) -> None:
         TemporaryName(directory / "of a thread").leave_to_next_start()

@@ -1,4 +1,4 @@
-"""Candidates whose tensors have other names than those of the model."""
+"""Candidates whose tensor names differ from those of the model."""
 
 import warnings
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def net() -> nn.Module:
 
 
 class Inside(nn.Module):
-    """A model that holds another one, as that of a training framework does."""
+    """A model that contains another one, as in a training framework."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def saved(directory: Path, rename: Rename, **more: torch.Tensor) -> list[Path]:
 
 
 def last_of(paths: list[Path], out: Path, model: nn.Module, **config: Any) -> dict[str, torch.Tensor]:
-    """Return the weights of the model at the last candidate, whose names the export has."""
+    """Return the weights of the model at the last candidate, with the names of the export."""
     average = twa_scale.attach(model, paths, {"center": "last", **config})
     values = {name: value.clone() for name, value in model.state_dict().items()}
     average.export(out)

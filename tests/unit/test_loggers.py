@@ -1,4 +1,4 @@
-"""What a run reports to beside metrics.jsonl: CSV, and services where their packages are installed."""
+"""Reports of a run besides metrics.jsonl: CSV, and services whose packages are installed."""
 
 import csv
 import json
@@ -81,7 +81,7 @@ def test_names_in_the_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_package_that_is_missing_is_named_first(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before data and candidates are read, and also where a folder in the working directory has its name."""
+    """The error is raised before data are read, also if a folder of the working directory has its name."""
     if (spec := find_spec(name)) is not None and spec.origin is not None:
         pytest.skip(f"{name} is installed")
     (tmp_path / name).mkdir()
@@ -131,5 +131,5 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         services.write({"step": 1, "loss": 0.5})
         services.close(finished=True)
         ids.append(json.loads((tmp_path / "out" / IDS).read_text())["wandb"])
-    assert ids[0] == ids[1] != ids[2]  # a run that begins anew is another one
+    assert ids[0] == ids[1] != ids[2]  # a run that starts again has a new id
     assert len(list((tmp_path / "out/wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))) == 2

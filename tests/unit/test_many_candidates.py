@@ -1,4 +1,4 @@
-"""256 candidate files: few are open at a time, and everything that reads candidates takes them."""
+"""256 candidate files: few are open at a time, and every reader of candidates supports them."""
 
 from pathlib import Path
 

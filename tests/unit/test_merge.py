@@ -1,4 +1,4 @@
-"""Merging: equal to a dense float64 sum, exact where candidates agree, and nothing bad gets through."""
+"""Merges equal a dense float64 sum, are exact where candidates are equal, and refuse invalid values."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from twa_scale.output.options import OutputOptions
 from twa_scale.ranks import Group
 
 Tensors = dict[str, torch.Tensor]
-A = [0.7, -0.4, 0.5]  # of sum 0.8: nothing may rely on a sum of 1
+A = [0.7, -0.4, 0.5]  # with the sum 0.8, so that no code relies on the sum 1
 
 
 def tensors(seed: int) -> Tensors:
@@ -85,11 +85,11 @@ def test_equals_the_dense_sum_on_any_number_of_ranks(ranks: Pool, tmp_path: Path
         torch.testing.assert_close(actual[name].double(), value.double(), rtol=tolerance, atol=tolerance)
 
     floats = ["big", "half", "wide", "scalar"]
-    copied = ["bias", "steps", "flags"]  # of all, to see whether they differ
+    copied = ["bias", "steps", "flags"]  # of all candidates, to compare them
     total = [sum(result[1][i] for result in results) for i in range(3)]
     for i, state in enumerate(states):
         read = floats + copied
-        assert total[i] == sum(state[name].nbytes for name in read)  # each byte once, by one rank
+        assert total[i] == sum(state[name].nbytes for name in read)  # one rank reads each byte once
         for checksums, _ in results:
             assert checksums[i] == {name: checksum(state[name].reshape(-1)) for name in read}
     if size > 1 and chunk == 16:
@@ -176,7 +176,10 @@ def test_a_copy_of_a_candidate_is_reported(tmp_path: Path) -> None:
 def test_candidates_of_weight_zero_are_not_compared(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"step-{i}").mkdir()
-        stored = {"w": torch.full((3,), float(i)), "position_ids": torch.arange(4)}  # integers of all are read
+        stored = {
+            "w": torch.full((3,), float(i)),
+            "position_ids": torch.arange(4),
+        }  # integers of all candidates are read
         save_file(stored, tmp_path / f"step-{i}/model.safetensors")
     average_fixed([f"{tmp_path}/step-*"], tmp_path / "out", weights="last")
 

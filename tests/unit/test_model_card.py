@@ -1,4 +1,4 @@
-"""README.md of outputs: what the hub reads, and what becomes of a candidate's own card."""
+"""README.md of outputs: its metadata for the hub, and the card of a candidate."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def origin(*candidates: str, **more: Any) -> dict[str, Any]:
 
 
 def card_of(files: dict[str, bytes], of: dict[str, Any]) -> Any:
-    """The card as the library of the hub reads it."""
+    """Return the card as the library of the hub reads it."""
     card = huggingface_hub.ModelCard(with_card(files, of)["README.md"].decode())
     assert isinstance(card.data, huggingface_hub.ModelCardData)
     return card
@@ -78,7 +78,7 @@ def test_names_are_text() -> None:
     bad = "<script>`|[x](y)*_$-1"
     text = card_of(config(), origin(f"a/{bad}", "a/b\n| c |", weights=[0.5, 0.5])).text
     assert "<script>" not in text.split("```sh")[0] and "`|" not in text
-    assert sum(line.startswith("| ") for line in text.splitlines()) == 4  # head, rule and two candidates
+    assert sum(line.startswith("| ") for line in text.splitlines()) == 4  # header, rule and two candidates
 
 
 def test_the_card_of_a_candidate_is_kept() -> None:

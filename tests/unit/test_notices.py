@@ -1,4 +1,4 @@
-"""Notices are attributed to the caller's line, and the command line prints each as one line."""
+"""Notices have the line of the caller, and the command line prints each on one line."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def test_notice_is_attributed_to_the_caller() -> None:
 
 
 def test_notice_is_attributed_to_the_caller_of_a_trainer() -> None:
-    """Its lines lie between: a user calls `trainer.train()`, which calls callbacks."""
+    """Lines of the trainer are between them: a user calls `trainer.train()`, which calls callbacks."""
     trainer = {"__name__": "transformers.trainer_callback", "notice": notice}
     exec(compile("def train(): notice('a')", "trainer_callback.py", "exec"), trainer)
     with pytest.warns(TwaWarning) as caught:

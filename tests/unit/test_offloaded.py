@@ -1,4 +1,4 @@
-"""Stores in host memory, in pieces: the same as beside the weights. Here the device that they visit is the CPU, too."""
+"""Stores in host memory give the results of stores on the device, which is the CPU in these tests."""
 
 from importlib import import_module
 from typing import Any, Literal
@@ -35,7 +35,7 @@ def resident(config: TwaConfig, n: int) -> Store:
 
 
 def check(one: Store, other: Store, span: Span, n: int, with_center: bool, dtype: torch.dtype = torch.float32) -> None:
-    """The same weights; the same products but for the order of float64 sums, and for where the center's tiles begin."""
+    """Check that weights are equal, and products up to the order of sums and the center's tiles."""
     gradient, weights = torch.randn(len(span)), torch.randn(n)
     actual = [store.project(span, gradient, with_center) for store in (one, other)]
     assert actual[0].dtype == torch.float64 and actual[0].shape == (n + 1,)
@@ -61,7 +61,7 @@ def check(one: Store, other: Store, span: Span, n: int, with_center: bool, dtype
 def test_what_is_beside_the_weights(
     name: Any, data: st.DataObject, n: int, m: int, start: int, buffer: int, kernels: Literal["torch", "numba"]
 ) -> None:
-    """With buffers of one tile, of some, and of more than a span; whatever the chunks that fill it."""
+    """Buffers of one tile, several tiles, and more than a span, filled with chunks of any size."""
     torch.manual_seed(m)
     config, span = TwaConfig(store=name, kernels=kernels), Span("w", start, start + m)
     values, borders = torch.randn(n, m), range(128 - start % 128, m, 128)
@@ -77,7 +77,7 @@ def test_what_is_beside_the_weights(
 
 
 class Held:
-    """What `WindowStore` uses of a window: its store, and the rows of its spans."""
+    """The parts of a window that `WindowStore` uses: its store, and the rows of its spans."""
 
     def __init__(self, store: Store, span: Span, values: Tensor) -> None:
         self.store = store
@@ -90,7 +90,7 @@ class Held:
 @each_store
 @pytest.mark.parametrize("part", [128 * 16, 1500])
 def test_parts_of_a_span_are_read_where_they_are(name: Any, part: int) -> None:
-    """As for the experts of a stacked tensor in a window, whose parts begin inside of tiles or where tiles do."""
+    """As for experts of a stacked tensor in a window, whose parts start within tiles or at their start."""
     torch.manual_seed(0)
     n, count, config = 3, 5, TwaConfig(store=name)
     span = Span("w", 0, count * part)
@@ -112,7 +112,7 @@ def test_parts_of_a_span_are_read_where_they_are(name: Any, part: int) -> None:
 
 @each_store
 def test_products_of_whole_tiles_are_exact_parts(name: Any) -> None:
-    """Where every sum is exact in float32 the order cannot matter: pieces leave nothing out and count nothing twice."""
+    """Every sum is exact in float32, so the order has no effect. Pieces omit nothing and count nothing twice."""
     n, m, start = 4, 50_003, 77
     span, config = Span("w", start, start + m), TwaConfig(store=name)
     first, second = resident(config, n), offloaded(config, n, 30_000)
@@ -174,7 +174,7 @@ def test_a_cpu_model_has_nothing_to_offload(name: Any) -> None:
 @pytest.mark.parametrize("basis", ["normalized", "orthonormal"])
 @pytest.mark.parametrize(("name", "coding"), [("dense32", "auto"), ("packed4", "center"), ("packed4", "increments")])
 def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name: str, coding: str, basis: str) -> None:
-    """The orthonormal basis asks for the center's products, too."""
+    """The orthonormal basis also uses the center's products."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)

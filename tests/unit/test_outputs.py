@@ -23,7 +23,7 @@ SMALL = {"a": torch.ones(4), "b": torch.ones(4)}
 
 
 def written(file: Path, scale: float = 1.0, **metadata: str) -> Path:
-    """Write a file of weights, an index with two files if its name is one, and a config beside it."""
+    """Write a file of weights, or an index with two files, and a config in the same directory."""
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value * scale for name, value in SMALL.items()}
     if file.name.endswith(".index.json"):
@@ -79,7 +79,7 @@ def test_names_of_files(tmp_path: Path, name: str, becomes: str) -> None:
 def test_config_has_the_type_of_most_weights(
     tmp_path: Path, weights: tuple[str, str], norms: tuple[str, str], message: str, becomes: str
 ) -> None:
-    """The type of most elements: a few wider ones must not double the memory of loaders."""
+    """The type is that of most elements. A few wider tensors must not double the memory of loaders."""
     for i, (weight, norm) in enumerate(zip(weights, norms, strict=True)):
         (tmp_path / f"{i}").mkdir()
         state = {"w": torch.ones(64, dtype=getattr(torch, weight)), "norm": torch.ones(4, dtype=getattr(torch, norm))}
@@ -103,7 +103,7 @@ def test_names_of_shards(tmp_path: Path, base: str) -> None:
     sharded = {f"{base}.safetensors.index.json", *shards}
     assert names - {"settings.json"} == (
         sharded if base.startswith("diff") else {f"{base}.safetensors"}
-    )  # PEFT has none
+    )  # PEFT has no such file
     if base.startswith("diff"):
         index = json.loads((tmp_path / f"out/{base}.safetensors.index.json").read_text())
         assert set(index["weight_map"].values()) == shards
@@ -220,7 +220,7 @@ def read_by_sentence_transformers(directory: Path) -> tuple[Any, Any]:
 
 
 def save_sentence_transformer(directory: Path) -> Any:
-    """The published layout: the transformer at the top, and a directory for each later module."""
+    """Write the published layout: the transformer at the top level, and a directory for each further module."""
     model = bert(directory)
     kinds = {"": "Transformer", "1_Pooling": "Pooling"}
     modules = [

@@ -85,7 +85,7 @@ def test_rows_keep_their_direction(kernels: Kernels, bits: int, kind: str) -> No
 @settings(max_examples=25, deadline=None)
 @given(m=st.integers(1, 3000), start=st.integers(0, 500), exponent=st.integers(-20, 15), seed=st.integers(0, 99))
 def test_kernels_agree(bits: int, m: int, start: int, exponent: int, seed: int) -> None:
-    """Rounding of ties depends on the order of sums; it differs rarely, and by one step."""
+    """The rounding of ties depends on the order of sums. It differs rarely, and by one step."""
     torch.manual_seed(seed)
     values = torch.randn(3, m) * 10.0**exponent
     first, second = (unpacked(packed(values, bits, kernels, start)) for kernels in KERNELS)
@@ -103,7 +103,7 @@ def test_error_of_8_bits_is_half_a_step(kernels: Kernels, m: int, start: int, se
     size, lead = BLOCKS[8], start % BLOCKS[8]
     for first in range(-lead, m, size):
         block = slice(max(first, 0), first + size)
-        step = values[:, block].abs().amax(1, keepdim=True) / 127 * 1.004  # the scale has 8 bits of its own
+        step = values[:, block].abs().amax(1, keepdim=True) / 127 * 1.004  # the scale has 8 bits
         assert (off[:, block] <= 0.501 * step).all()
 
 
@@ -136,7 +136,7 @@ class TestUglyBlocks:
 @each_kernels
 @pytest.mark.parametrize("bits", [8, 4])
 def test_extremes_of_both_signs_are_not_clipped(kernels: Kernels, bits: int) -> None:
-    """Deltas of one step of a sign-based optimizer have two values. Clipping one would bias all products."""
+    """Deltas of one step of a sign-based optimizer have two values. Clipping one of them would bias all products."""
     torch.manual_seed(0)
     signs = torch.randn(2, 3000).sign() * torch.tensor([[1e-3], [2.0]])
     torch.testing.assert_close(unpacked(packed(signs, bits, kernels)), signs, rtol=0.005, atol=0)
@@ -161,7 +161,7 @@ def store_of(name: str, n: int, kernels: str = "auto") -> Store:
 
 
 def contents(store: Store, span: Span, n: int) -> Tensor:
-    """Return the rows, by combining with unit weights and no center, and last the center."""
+    """Return the rows by combining with unit weights without the center, and the center as the last row."""
     out = torch.empty(n + 1, len(span))
     for i, row in enumerate(out):
         weights = torch.zeros(n)

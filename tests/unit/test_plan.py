@@ -50,7 +50,7 @@ def settings(root: Path, *, tied: bool = False, experts: int = 0, dtype: torch.d
 
 @pytest.mark.parametrize(("tied", "context"), [(True, 16), (False, 16), (False, 400)])
 def test_activations_are_estimated_on_meta_device(tmp_path: Path, tied: bool, context: int) -> None:
-    # It looks at values before it chooses a mask.
+    # The model reads values before it chooses a mask.
     actual = settings(tmp_path, tied=tied)
     actual["task"]["context"] = context
     config = validated(RunConfig, actual)
@@ -117,14 +117,14 @@ def test_bytes_of_every_store(tmp_path: Path, dtype: torch.dtype) -> None:
         twa.close()
     d, moved = plan.local_elements, {choice.store: choice.moved for choice in choices.stores}
     assert moved["dense16"] == {"project": 2 * 2 * d + 4 * d, "combine": 2 * 2 * d + 8 * d}
-    read = 2 * dtype.itemsize * d  # and off it the center, each time
+    read = 2 * dtype.itemsize * d  # and the center from host memory, each time
     assert moved["mapped"] == {"project": read + 8 * d, "combine": read + 8 * d}
     assert plan.local_elements == plan.trained_elements < sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
 def test_each_expert_has_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert of the first projections has one and a half tiles of `packed1`, so that tails count."""
+    """An expert of the first projections has one and a half tiles of `packed1`, so that partial tiles count."""
     settled = settings(tmp_path, experts=3) | {"groups": "expert", "store": "packed1", "device": "cpu"}
     config = validated(RunConfig, settled)
     plan = make_plan(config, 1)
@@ -155,7 +155,7 @@ def test_reads_of_urls_are_larger_and_come_through_the_memory_of_their_library(t
 
 
 def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
-    """Those that a run holds after a step; in pods, what these average."""
+    """The bytes that a run holds after a step; in pods, those that it averages."""
     config = validated(RunConfig, settings(tmp_path) | {"groups": "tensor+row"})
     task = build_task(config.task)
     model = task.model()
@@ -222,7 +222,7 @@ def test_an_offloaded_store_counts_for_the_host(tmp_path: Path) -> None:
     assert not choose_store(far, far.peak, choices.own.host - 1).own.fits
     for choice in choices.stores:
         assert choice.host - choices.own.host == choice.nbytes - choices.own.nbytes
-    sizes = (machine_memory(),)  # elements: the center alone takes four times the memory
+    sizes = (machine_memory(),)  # elements: the center alone needs four times the memory
     large = replace(far, span_sizes=sizes, host={"store (packed4)": store_bytes("packed4", 2, sizes)})
     assert not any(choice.fits for choice in choose_store(large, 10**15).stores)
 
@@ -279,7 +279,7 @@ AVERAGES = {
 
 
 def test_running_averages_are_planned_before_there_are_candidates(tmp_path: Path) -> None:
-    """What the averages of the same model hold, in use; half of it on each of two ranks."""
+    """The bytes that averages of the same model use, and half of them on each of two ranks."""
     from tests.commands.material import TEXT
 
     config = tmp_path / "run.json"

@@ -1,4 +1,4 @@
-"""Pictures of every size, looked at by their pixels: what is drawn, and that no state is left behind."""
+"""Plots of every size are compared by their pixels, and do not change the state of matplotlib."""
 
 from pathlib import Path
 
@@ -50,6 +50,6 @@ def test_cosines_of_any_sign(tmp_path: Path, cosines: np.ndarray) -> None:
 
 
 def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "nowhere").touch()  # a file is no directory
+    (tmp_path / "nowhere").touch()  # a file is not a directory
     with pytest.raises(OutputError, match="nowhere"):
         plot_cosines(tmp_path / "nowhere" / "c.png", np.ones((2, 2)), ["a", "b"])

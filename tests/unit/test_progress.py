@@ -22,7 +22,7 @@ def told_all(told: Told, nbytes: int) -> bool:
 
 
 def test_totals_hold_for_buffers_and_narrower_files(tmp_path: Path) -> None:
-    """Integer buffers are read from all candidates; what is exported is counted as it is in the file."""
+    """Integer buffers are read from all candidates. Exports are counted with their size in the file."""
     n = 3
     model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 40))
     states = [{name: value + i for name, value in model.state_dict().items()} for i in range(n)]

@@ -1,4 +1,4 @@
-"""The framework of examples/proof: parts that are run once, costs that are counted, intervals, tables."""
+"""The framework of examples/proof: parts that run once, costs, confidence intervals, and tables."""
 
 import argparse
 import copy
@@ -138,7 +138,7 @@ def test_a_finished_seed_is_kept_in_one_file_from_which_the_tables_can_be_made(t
 
 @pytest.mark.parametrize("task", sorted(path.name for path in (PROOF / "results").iterdir()))
 def test_the_page_has_the_tables_of_the_rows_that_are_kept(task: str, tmp_path: Path) -> None:
-    """The rows were made with the present settings, or this is an error."""
+    """The rows must have been measured with the present settings."""
     asked = argparse.Namespace(size="full", out=tmp_path, seeds=[], packages=tmp_path, sentences=None)
     first = run.comparison(task, asked)
     written = tables(first.out, first.settings, first.shown, first.kept())
@@ -338,7 +338,7 @@ def test_batches_of_fine_tunings_have_sentences_of_similar_length_in_a_random_or
     padded = sum(16 * int(counts[batch].max()) for batch in made[0][:40])
     assert counts.sum() <= padded < 1.12 * counts.sum()
     lengths = torch.tensor([counts[batch].float().mean() for batch in made[0][:40]])
-    assert 0 < int((lengths.diff() > 0).sum()) < 39  # not from short to long
+    assert 0 < int((lengths.diff() > 0).sum()) < 39  # not sorted by length
 
 
 def test_development_seeds_never_read_the_test_split(tmp_path: Path) -> None:

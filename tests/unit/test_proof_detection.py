@@ -26,15 +26,15 @@ def square(side: int) -> Any:
 def test_a_garment_that_would_hide_more_than_half_of_another_is_left_out() -> None:
     drawn = Canvas(np.zeros((SIZE, SIZE), np.uint8))
     drawn.add(square(10), 3, 20, 30)
-    drawn.add(square(10), 4, 24, 30)  # hides 60 %
-    drawn.add(square(10), None, 20, 36)  # hides 40 %
-    drawn.add(square(10), 5, 20, 26)  # hides 60 % of the first, with the fragment all of it
+    drawn.add(square(10), 4, 24, 30)  # covers 60 %
+    drawn.add(square(10), None, 20, 36)  # covers 40 %
+    drawn.add(square(10), 5, 20, 26)  # covers 60 % of the first, with all of the fragment
     drawn.add(square(10), 6, 40, 40)
     assert drawn.objects == [(3, [20, 30, 10, 10]), (6, [40, 40, 10, 10])]
 
 
 class Knowing(nn.Module):
-    """A detector that is told the answer: it is certain of every object, and a little less in the cells next to it."""
+    """A detector that knows the answer: it is certain of every object, and less certain in neighboring cells."""
 
     def __init__(self) -> None:
         super().__init__()

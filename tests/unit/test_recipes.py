@@ -1,4 +1,4 @@
-"""`recipe`: named settings, which those that are given override."""
+"""`recipe`: named settings, which explicit settings override."""
 
 import re
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def made(**settings: Any) -> RunConfig:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_complete(name: str) -> None:
-    """All values are used, all are valid, and the rate is the one around which `lr: auto` tries others."""
+    """All values are used and valid. The rate is the one around which `lr: auto` tries others."""
     config = made(recipe=name)
     for key, value in RECIPES[name].items():
         actual = getattr(config, key)
@@ -49,7 +49,7 @@ def test_a_recipe_is_complete(name: str) -> None:
         ({"optimizer": {"lr": "auto"}}, {"lr": 0.03, "optimizer.lr": "auto"}),
         ({"epochs": 2}, {"steps": None, "epochs": 2}),
         ({"steps": None}, {"steps": 60}),
-        ({"basis": "simplex"}, {"groups": "global"}),  # corrections of rows are not for it
+        ({"basis": "simplex"}, {"groups": "global"}),  # corrections of rows do not apply
         ({"basis": "pca"}, {"groups": "global"}),
         ({"basis": "normalized"}, {"groups": "tensor+row"}),
         ({"start": "last", "keep": "last"}, {"start": "last", "keep": "last"}),
@@ -107,7 +107,7 @@ def typed(*words: str) -> str:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_init_and_print_config(tmp_path: Path, name: str) -> None:
-    """The file of `init` shows the recipe's values as defaults; what is printed is the same configuration."""
+    """The file of `init` has the recipe's values as defaults. The printed configuration is the same."""
     file, printed = tmp_path / "twa.yaml", tmp_path / "printed.yaml"
     typed("init", str(file), "--recipe", name, "--output", str(tmp_path / "out"))
     config = load_config(file)
@@ -174,7 +174,7 @@ def test_evaluated_examples_do_not_depend_on_ranks_and_micro_batches(
 
 
 class Counted(list[dict[str, torch.Tensor]]):
-    """Examples with numbers of tokens."""
+    """Examples with given numbers of tokens."""
 
     token_counts = (3, 9, 1, 9, 5, 2, 8, 4)
 

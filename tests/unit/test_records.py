@@ -1,4 +1,4 @@
-"""The records of a run have complete lines only, also on a full disk."""
+"""The records of a run consist of complete lines, also if the disk is full."""
 
 import json
 from pathlib import Path

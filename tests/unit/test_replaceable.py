@@ -73,7 +73,7 @@ def touch(name: str) -> Callable[[Path], object]:
 
 
 def train_on(out: Path) -> None:
-    """Save as save_pretrained of another program does, in the directory from which it loaded."""
+    """Save as save_pretrained of another program does, in the directory from which it was loaded."""
     for path in out.glob("model*"):
         path.unlink()
     save_file(STATES[0], out / "model.safetensors", {"format": "pt"})
@@ -126,7 +126,7 @@ def test_every_writer_replaces_only_its_own_outputs(tmp_path: Path, writer: str)
     write, out = WRITERS[writer], tmp_path / "out"
     step = out / "step-00000001" if writer in ("snapshot", "asynchronous") else out
     write(tmp_path, out)
-    (step / "config.json").unlink()  # what is left of an output is still one
+    (step / "config.json").unlink()  # the remains of an output are still one
     write(tmp_path, out)
     assert (step / "config.json").exists() and (step / "folder/vocab.json").exists()
     (step / "optimizer.pt").write_bytes(b"precious")
@@ -152,7 +152,7 @@ def test_files_that_appear_during_writing_are_kept(tmp_path: Path, overwrite: bo
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_keep_last_deletes_only_snapshots(tmp_path: Path, asynchronous: bool) -> None:
-    """Of five steps the second has a user's file; before them are one of another program and an average."""
+    """Of five steps the second has a user's file. Before them are a step of another program and an average."""
     touch("step-00000001/model.safetensors")(tmp_path)
     with writing(
         tmp_path / "step-00000000", [SPEC], Group.alone(), **with_provenance(provenance("an average", []), {})

@@ -1,4 +1,4 @@
-"""The page of a run, and the numbers that describe an average."""
+"""The page of a run, and the values that describe an average."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(source: Path, tmp_path: Path) -> Path:
-    """A copy that may be spoiled."""
+    """Return a copy of a run that a test may damage."""
     (tmp_path / "run").mkdir()
     for file in source.iterdir():
         (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
@@ -75,7 +75,7 @@ def test_the_page_of_a_run_that_has_not_ended(run: Path) -> None:
 
 
 def test_text_of_files_is_not_markup(run: Path) -> None:
-    (run / "summary.json").write_text("{}")  # of an earlier run: this one has not ended
+    (run / "summary.json").write_text("{}")  # of an earlier run, because this one has not ended
     page = Page(write_report(run))
     assert MARKUP in page.words
     assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
@@ -144,7 +144,7 @@ def test_an_exported_average(tmp_path: Path) -> None:
     (tmp_path / "merged/twa_scale.json").write_text(json.dumps(origin))
     path = write_report(tmp_path / "merged")
     page = Page(path)
-    assert path == tmp_path / "merged-report.html"  # beside it, where `--overwrite` of the average does not mind
+    assert path == tmp_path / "merged-report.html"  # next to the output, so that `--overwrite` of the average allows it
     assert "a/x-1:1.25" in page.words and "a/y-2:-0.25" in page.words and "1 of 2 coefficients" in page.words
 
 
@@ -182,7 +182,7 @@ def test_effective_candidates() -> None:
     assert effective_candidates(uniform, [7]) == pytest.approx(5)
     assert effective_candidates(first, [7]) == pytest.approx(1)
     assert effective_candidates(both, [7]) == pytest.approx(1 / (1.5**2 + 0.5**2))
-    assert effective_candidates(3 * uniform, [7]) == pytest.approx(5)  # of any sum
+    assert effective_candidates(3 * uniform, [7]) == pytest.approx(5)  # with any sum
     two = torch.cat([uniform, first], 1)
     assert effective_candidates(two, [30, 10]) == pytest.approx(1 / (0.75 / 5 + 0.25))
     assert effective_candidates(torch.tensor([[1.0], [-1.0]]), [7]) == 0

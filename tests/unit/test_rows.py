@@ -1,4 +1,4 @@
-"""Coefficients per row: which elements a row has, the training of its corrections, and their state."""
+"""Coefficients per row: the elements of a row, the training of corrections, and their state."""
 
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_weight_gradients_are_clipped() -> None:
 
 
 def test_a_scaled_loss_changes_nothing() -> None:
-    """Powers of two scale without rounding."""
+    """Multiplication by powers of two is exact."""
     ends = []
     for scale in (1.0, 1024.0):
         model, twa = cases.attach("plain", Run({**ROWS, "max_grad_norm": 0.2}))
@@ -139,7 +139,7 @@ def test_a_search_does_not_drop_corrections() -> None:
 
 
 def test_a_tensor_that_overflows_float16_is_refused() -> None:
-    """Bounds of norms do not rule out an overflow, so that weights are read; then they hold for small steps."""
+    """Bounds by norms allow an overflow, so that weights are read. For small steps the bounds suffice afterwards."""
     states = [{"weight": torch.full((4, 3), 3e4 + 1e3 * i)} for i in range(3)]
     model = nn.Linear(3, 4, bias=False).half()
     twa = twa_scale.attach(
@@ -171,7 +171,7 @@ def test_another_start_has_no_corrections() -> None:
 
 
 def test_weights_that_overflow_are_refused() -> None:
-    """Corrections alone leave float32; coefficients and corrections are as before."""
+    """The corrections alone exceed float32. Coefficients and corrections do not change."""
     model, twa = cases.attach("plain", Run({**ROWS, "optimizer": {"name": "rmsprop", "lr": 1e-30, "row_lr": 3e37}}))
     before = cases.gathered(model)
     models.loss(model, models.batch(0)).backward()

@@ -1,4 +1,4 @@
-"""Running averages in one process: names, rounding, refusals."""
+"""Running averages in one process: names, rounding, errors."""
 
 import io
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def move(model: nn.Module) -> None:
 
 
 def followed(steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, nn.Linear, list[Tensor]]:
-    """Averages after some steps of a random walk, and the weights of each step."""
+    """Return averages after some steps of a random walk, and the weights of each step."""
     model = linear().to(dtype)
     averages, seen = twa_scale.RunningAverages(model, **options), []
     for _ in range(steps):
@@ -49,7 +49,7 @@ def shown(averages: Any, model: Any, which: Any) -> Tensor:
 @pytest.mark.parametrize(("store", "tolerance"), STORES.items())
 @pytest.mark.parametrize("steps", [1, KEEP, 12 * KEEP])
 def test_a_snapshot_is_off_by_the_rounding_of_one_increment(store: str, tolerance: float, steps: int) -> None:
-    """However many have come and gone: what is off is part of the next increment."""
+    """The error does not grow with the number of snapshots, because it is part of the next increment."""
     averages, model, seen = followed(steps, window={"every": 1, "keep": KEEP, "store": store})
     assert averages.snapshot_steps == [*range(max(steps - KEEP, 0) + 1, steps + 1)]
     for i, expected in enumerate(seen[-KEEP:]):
@@ -110,7 +110,7 @@ def test_half_lives_forget_in_proportion_to_the_age() -> None:
 @pytest.mark.parametrize(("every", "start"), [(1, 0), (3, 4)])
 @pytest.mark.parametrize("options", [True, {"ema_power": 0.7, "bias_power": 0.3, "lag": 2.0, "multiplier": 0.5}])
 def test_bema_is_that_of_the_paper(every: int, start: int, options: Any) -> None:
-    """Algorithm 1 of arXiv 2508.00180 in float64, with the burn-in until the first update; buckets of bfloat16, too."""
+    """Algorithm 1 of arXiv 2508.00180 in float64, with burn-in until the first update, also for buckets of bfloat16."""
     settings = {"decays": 0.9, "bema": options, "update_every": every, "start_step": start}
     inputs = {"ema_power": 0.5, "bias_power": 0.2, "lag": 10.0, "multiplier": 1.0}
     inputs |= {} if options is True else options
@@ -356,7 +356,7 @@ def raise_out_of_memory(*_: Any) -> None:
 @pytest.mark.parametrize("location", ["_measured", "_buffers", "assemble"])
 @pytest.mark.parametrize("fail", [raise_interrupt, raise_out_of_memory])
 def test_training_goes_on_after_learn_has_failed(monkeypatch: Any, location: str, fail: Callable[..., None]) -> None:
-    """Whatever error it is: the weights are given back, none is written back later, and no hook takes gradients."""
+    """After any error the weights are restored, none is written later, and no hook receives gradients."""
     averages, model, seen = followed(4, window={"every": 1, "keep": 3, "store": "dense32"})
     work = getattr(learning, location)
     with monkeypatch.context() as patch:
@@ -515,7 +515,7 @@ def test_more_calls_than_steps_are_reported_once(calls: int) -> None:
 
 @pytest.mark.parametrize("write", ["skipped", "unseen"])
 def test_steps_without_a_version_are_not_reported(write: str) -> None:
-    """A loss scaler skips some steps, and some optimizers write without torch's knowledge."""
+    """A loss scaler skips some steps, and some optimizers write without increasing torch's version counters."""
     model = linear()
     averages = twa_scale.RunningAverages(model, ema=[0.9])
     for i in range(60):
@@ -545,7 +545,7 @@ def test_names_tell_decays_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_of_any_number_and_size_are_averaged(monkeypatch: Any, dtype: torch.dtype) -> None:
-    """Small ones are updated together, and large ones in pieces."""
+    """Small tensors are updated together, and large ones in pieces."""
     monkeypatch.setattr("twa_scale.running.ema.PIECE", 100)
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(size, 9) for size in (1, 30, 2, 5, 11, 12))).to(dtype)

@@ -60,7 +60,7 @@ def run(generator: Any, loss: Any) -> Any:
 
 
 def test_the_greedy_soup_is_that_of_the_paper() -> None:
-    """Recipe 1 of arXiv 2203.05482 in two loops, on a loss that is not convex."""
+    """Recipe 1 of arXiv 2203.05482 in two loops, with a loss that is not convex."""
     random = np.random.default_rng(0)
     for _ in range(20):
         table = {members: random.random() for k in range(1, N + 1) for members in combinations(range(N), k)}
@@ -104,7 +104,7 @@ def test_interrupted_search_repeats_no_evaluation(tmp_path: Path, method: Any) -
     def score() -> float:
         nonlocal calls
         calls += 1
-        np.random.random(calls)  # what a score draws does not change what is proposed
+        np.random.random(calls)  # random numbers that a score draws do not change the proposals
         return distance(model, mean_of(0, 4))
 
     kwargs: dict[str, Any] = {"higher_is_better": False, "record": tmp_path / "a" / "search.jsonl"}

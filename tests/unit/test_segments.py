@@ -1,4 +1,4 @@
-"""Tensors made of segments of others: what torch does to traced tensors is followed, and read and written by ranges."""
+"""Tensors made of segments of others: operations on traced tensors are recorded, and ranges are read and written."""
 
 import random
 from collections.abc import Callable
@@ -33,7 +33,7 @@ MAKES: dict[str, tuple[Make, list[tuple[int, ...]]]] = {
 
 
 def stored(shapes: list[tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Return tensors in which every number is another one."""
+    """Return tensors whose elements are all different."""
     numbers = iter(torch.arange(sum(map(prod, shapes))).split([prod(shape) for shape in shapes]))
     return {f"t{i}": next(numbers).view(shape) for i, shape in enumerate(shapes)}
 
@@ -109,7 +109,7 @@ def test_a_span_is_written_to_where_it_was_read(span: Span) -> None:
             written[other.name][start:stop] = run
     actual = torch.cat(list(written.values()))
     assert torch.equal(actual[actual >= 0].sort().values, values.sort().values)
-    assert torch.equal(actual[values], values)  # number i stands at place i
+    assert torch.equal(actual[values], values)  # number i is at position i
 
 
 @pytest.mark.parametrize("make", [lambda a: a + 1, lambda a: a.to(torch.int32), lambda a: a[::2], torch.abs])
@@ -138,7 +138,7 @@ def test_tensors_that_are_stored_as_they_are_are_known() -> None:
     ],
 )
 def test_a_state_holds_only_boxes_inside_of_their_tensors(row: list[int], message: str | None) -> None:
-    """A row has the number of the stored tensor, both first positions, the sizes, and the strides there."""
+    """A row has the index of the stored tensor, both first positions, the sizes, and the stored strides."""
     state = {"shape": (3, 2), "stored": {"a": (2, 3)}, "segments": torch.tensor([row])}
     if message is None:
         MadeState.model_validate(state)

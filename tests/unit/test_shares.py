@@ -35,11 +35,11 @@ def test_batches_count_equally_if_one_has_no_number(ranks: Pool, unknown: tuple[
 
 
 class Summed:
-    """A task whose loss is the mean of numbers, of which a batch has some."""
+    """A task whose loss is the mean of the numbers of a batch."""
 
     def loss(self, _: object, batch: Batch) -> torch.Tensor:
         count = self.terms(batch)
-        return batch["x"].sum() / count if count else torch.tensor(7.0)  # what is a mean of nothing must not count
+        return batch["x"].sum() / count if count else torch.tensor(7.0)  # the mean of nothing must not count
 
     def terms(self, batch: Batch) -> int:
         return int((batch["x"] != 0).sum())

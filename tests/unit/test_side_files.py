@@ -1,4 +1,4 @@
-"""What is carried over from a candidate's directory, and what never is."""
+"""Files that are copied from a candidate's directory, and files that are never copied."""
 
 import json
 import os

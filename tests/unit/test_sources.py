@@ -1,4 +1,4 @@
-"""Candidates: slices equal whole reads, and everything that is wrong with a file is said by name."""
+"""Candidates: slices equal whole reads, and errors name the problem of a file."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_names_are_without_wrappers(tmp_path: Path) -> None:
 def test_module_prefix_is_kept_if_a_name_lacks_it(tmp_path: Path) -> None:
     state = {"module.w": torch.zeros(3), "n_averaged": torch.ones(())}
     files = {"module.w": "a.safetensors", "n_averaged": "b.safetensors"}
-    for name, file in files.items():  # each file for itself looks otherwise
+    for name, file in files.items():  # each file alone would differ
         save_file({name: state[name]}, tmp_path / file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     for spec in (tmp_path, state, {f"module.{name}": value for name, value in state.items()}):
@@ -183,7 +183,7 @@ def test_checksums_wrap_around() -> None:
     assert checksum(torch.tensor([-1.5, 0.0])) == torch.tensor(-1.5).view(torch.int32).item()
 
 
-# Finding them
+# Search for candidates
 
 
 def test_globs_are_in_natural_order(working_directory: Path) -> None:
@@ -406,7 +406,7 @@ def test_a_file_that_is_written_while_in_use(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-8, os.SEEK_END)
         file.write(bytes(8))
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # clocks of file systems are coarse
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # file systems have a coarse clock
     with pytest.raises(CandidateError, match=r"cannot be read: the file has been written since it was opened"):
         read(candidate, "float32", 0, 4)
 
@@ -461,7 +461,7 @@ def test_keys_of_the_weights_in_torch_files(working_directory: Path, key: str | 
 
 
 def test_an_index_lists_the_names_of_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not once for each of its tensors, which takes minutes with twenty thousand."""
+    """Not once for each of its tensors, which would take minutes for twenty thousand tensors."""
     listed: list[str] = []
     names = SafetensorsCandidate.names
 

@@ -1,4 +1,4 @@
-"""Files of torch.save read without torch.load: every layout and type, at any offset, and nothing runs."""
+"""Files of torch.save are read without torch.load: every layout and type, at any offset, without running code."""
 
 import io
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def saved(content: object) -> bytes:
 
 @pytest.mark.parametrize("before", [b"", b"x" * 1001])
 def test_slices_of_every_layout(tmp_path: Path, before: bytes) -> None:
-    """Also in the middle of a file, at a byte that no type is aligned to."""
+    """Also in the middle of a file, at an offset that is not aligned for any type."""
     archive = saved(TENSORS)
     (tmp_path / "x").write_bytes(before + archive + before)
     content = Archive(File(tmp_path / "x"), len(before), len(archive)).content()

@@ -30,12 +30,12 @@ from twa_scale.candidates.formats.boxes import Box, BoxTensor, count_before, sca
 from twa_scale.errors import CandidateError
 
 Tensors = dict[str, torch.Tensor]
-NOT_IN_SAFETENSORS = ("empty", "count", "scalar")  # DCP's own consolidation fails on them, or writes zeros
+NOT_IN_SAFETENSORS = ("empty", "count", "scalar")  # DCP's own consolidation fails for them, or writes zeros
 
 HF_STORAGE = "torch.distributed.checkpoint.hf_storage"
 HF_FOLDERS = {"hf": {"enable_consolidation": True}, "hf-shards": {"enable_consolidation": False}}
 """What DCP writes as safetensors, and how."""
-if not importlib.util.find_spec(HF_STORAGE):  # torch 2.6 cannot
+if not importlib.util.find_spec(HF_STORAGE):  # torch 2.6 does not support this
     HF_FOLDERS = {}
 
 
@@ -80,11 +80,11 @@ def test_boxes_of_any_shape(data: st.DataObject) -> None:
     assert torch.equal(out, torch.where(inner, tensor.reshape(-1), -1)[start:stop])
 
 
-# What real ranks write
+# Checkpoints of real ranks
 
 
 def odd() -> Tensors:
-    """Layouts and types that a state dict may hold, in sizes that no number of ranks divides."""
+    """Layouts and types of a state dict, in sizes that no number of ranks divides."""
     generator = torch.Generator().manual_seed(0)
     made = {
         "channels_last": torch.randn(3, 5, 2, 2, generator=generator).to(memory_format=torch.channels_last),
@@ -99,7 +99,7 @@ def odd() -> Tensors:
 
 
 def on_mesh() -> dict[str, torch.Tensor]:
-    """The odd tensors, some of them sharded over one dim, two dims or none of a mesh."""
+    """Return the odd tensors, some of them sharded over one or two dims of a mesh, or none."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     square = init_device_mesh("cpu", (1, dist.get_world_size()))
     state = dict(odd())
@@ -112,7 +112,7 @@ def on_mesh() -> dict[str, torch.Tensor]:
 
 
 def write(directory: Path) -> None:
-    """Every checkpoint that the tests read."""
+    """Write every checkpoint that the tests read."""
     warnings.simplefilter("ignore")
     fsdp2 = models.wrap(models.build(0, (1,)), "fsdp2")
     optimizer = torch.optim.AdamW(fsdp2.parameters())
@@ -149,7 +149,7 @@ def test_slices_are_what_was_saved(written: Path, tmp_path: Path) -> None:
     stored = {name: value for name, value in odd().items() if name not in NOT_IN_SAFETENSORS}
     for folder in HF_FOLDERS:
         assert_holds(written / folder, stored)
-    # what DCP itself makes of it, whole
+    # as DCP itself consolidates it
     dcp_to_torch_save(written / "fsdp1", tmp_path / "whole.pt")
     assert_holds(written / "fsdp1", torch.load(tmp_path / "whole.pt")["state_dict"])
 
@@ -250,7 +250,7 @@ def save_shards(directory: Path) -> None:
 
 
 def grid(shape: tuple[int, ...], cuts: list[list[int]]) -> list[Box]:
-    """Return the boxes of a grid of cuts in every dim."""
+    """Return the boxes of a grid that divides every dim."""
     ends = [sorted({0, *part, size}) for part, size in zip(cuts, shape, strict=True)]
     spans = [list(itertools.pairwise(end)) for end in ends]
     return [Box(tuple(a for a, _ in cell), tuple(b - a for a, b in cell), (0,)) for cell in itertools.product(*spans)]
@@ -259,7 +259,7 @@ def grid(shape: tuple[int, ...], cuts: list[list[int]]) -> list[Box]:
 @settings(deadline=None)
 @given(st.data())
 def test_boxes_must_cover_each_element_once(data: st.DataObject) -> None:
-    """Against counting the elements; moved and doubled boxes often have the right number of elements in all."""
+    """Compared with counting the elements. Moved and repeated boxes often have the right total number of elements."""
     shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
     boxes = grid(shape, [data.draw(st.lists(st.integers(0, size))) for size in shape])
     for _ in range(data.draw(st.integers(0, 2))):
@@ -279,7 +279,7 @@ def test_boxes_must_cover_each_element_once(data: st.DataObject) -> None:
 
 
 def test_boxes_with_an_overlap_and_a_gap(tmp_path: Path) -> None:
-    """Their elements add up; what lies in the hole would be whatever was in memory."""
+    """The total number of elements is right. The gap would contain undefined values."""
     dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", **ALONE)
     with (tmp_path / "a/.metadata").open("rb") as file:
         metadata = pickle.load(file)

@@ -1,4 +1,4 @@
-"""Checkpoints that real DeepSpeed engines wrote, read by slices, against DeepSpeed's own zero_to_fp32."""
+"""Checkpoints that real DeepSpeed engines wrote, read by slices, compared with DeepSpeed's zero_to_fp32."""
 
 import random
 import re
@@ -67,7 +67,7 @@ def test_slices_match_zero_to_fp32(written: Path) -> None:
 
 @pytest.mark.parametrize("case", ["1-bf16", "2-fp32", "3-fp32", "3-bf16"])
 def test_asynchronous_snapshots_of_a_step_hold_what_its_checkpoint_does(written: Path, case: str) -> None:
-    """The engine trained on while the snapshot was written."""
+    """The engine continued to train while the snapshot was written."""
     (snapshot,) = open_candidates(str(written / f"2/{case}-snapshots/step-*"), minimum=1)
     checkpoint = opened(written / f"2/{case}")
     assert {*checkpoint.names()} - {*snapshot.names()} == {"head.weight"}  # tied to the embedding
@@ -109,7 +109,7 @@ def test_directories_of_lightning_are_read_and_the_prefix_of_the_module_is_found
 )
 @pytest.mark.filterwarnings("ignore:--format same:UserWarning")
 def test_the_same_form_has_the_average_in_every_place(written: Path, first: str, last: str, tmp_path: Path) -> None:
-    """Candidates of another number of ranks; the output has the files of the last one."""
+    """The candidates have another number of ranks. The output has the files of the last one."""
     average_fixed([str(written / first), str(written / last)], tmp_path / "out", format="same")
     actual = opened(tmp_path / "out")
     states = [torch.load(written / f"{case.removesuffix('/global_step1')}.pt") for case in (first, last)]
@@ -143,7 +143,7 @@ def test_frozen_parameters_are_replaced_where_deepspeed_loads_them_from(
     folder = copied("2/2-fp32")
 
     def apart(content: dict[str, Any]) -> None:
-        """On a GPU, what DeepSpeed moves to the CPU is a copy."""
+        """On a GPU, tensors that DeepSpeed moves to the CPU are copies."""
         content["frozen_param_fragments"] = {
             name: value.clone() for name, value in content["frozen_param_fragments"].items()
         }
@@ -314,7 +314,7 @@ def test_unsupported_parallelism_is_refused(copied: Callable[[str], Path], name:
 
 
 def test_huge_number_of_ranks_is_refused_quickly(tmp_path: Path) -> None:
-    """What a file claims does not decide how much time and memory is spent."""
+    """Numbers in a file do not determine how much time and memory reading takes."""
     torch.save({"module": {}, "param_shapes": [{"w": torch.Size([4])}]}, tmp_path / "mp_rank_00_model_states.pt")
     state = {"optimizer_state_dict": {"zero_stage": 2, "partition_count": 10**12}}
     torch.save(state, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")

@@ -1,4 +1,4 @@
-"""Paths and globs that are not what they seem: links, names with brackets, parts of models, what shells leave over."""
+"""Unusual paths and patterns: links, names with brackets, parts of models, and patterns that a shell has expanded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_what_is_not_there(working_directory: Path, spec: str, message: str) -> 
     steps(working_directory / "run")
     for inputs in (spec, ["run/step-1", spec]):
         assert any(part in refused(inputs) for part in message.split("|")), refused(inputs)
-    with pytest.raises(CandidateError):  # as the ranks of a run look
+    with pytest.raises(CandidateError):  # as the ranks of a run see it
         open_together(["run/step-1", spec], Group.alone())
 
 
@@ -105,7 +105,7 @@ def test_broken_links_are_refused(working_directory: Path, make: Callable[[Path]
 
 
 def test_circles_of_folders_end(working_directory: Path) -> None:
-    """Two of them make a tree of 2^40 paths for what follows links."""
+    """For code that follows links, two of them make a tree of 2^40 paths."""
     steps(working_directory / "run")
     for name in ("again", "once-more"):
         (working_directory / "run" / name).symlink_to(".")
@@ -148,7 +148,7 @@ def test_what_may_not_be_read(working_directory: Path, closed: str, request: pyt
     ids=str,
 )
 def test_the_parts_of_ranks_are_no_candidates(working_directory: Path, names: list[str], pattern: str) -> None:
-    """Their shapes are often equal, so that an average looks right."""
+    """Their shapes are often equal, so that an average would look valid."""
     for name in names:
         write(working_directory / name)
     message = refused(pattern)
@@ -169,7 +169,7 @@ def test_candidates_with_numbers_of_ranks(working_directory: Path, names: list[s
 
 
 def test_versions_in_a_list_are_said(working_directory: Path) -> None:
-    """As when a shell has expanded `*.pt`."""
+    """As if a shell has expanded `*.pt`."""
     names = [write(working_directory / name).name for name in ("1.pt", "1_ema.pt")]
     paths, messages = found(names)
     assert paths == names and len(messages) == 1 and "versions of one model" in messages[0]
@@ -195,9 +195,9 @@ def test_folders_with_weights_in_them_are_named(working_directory: Path, files: 
             (working_directory / name / file).write_bytes(b"x")
     message = refused("*")
     assert message.startswith("1: is no candidate") and f"There are weights in {inner}" in message
-    assert found("*") == (["1", "2"], [])  # not the same because neither holds a file
+    assert found("*") == (["1", "2"], [])  # not the same, because neither has a file
     (working_directory / "1/args.pkl").write_bytes(b"x")
-    assert refused("*") == message  # a file that is not read does not hide them
+    assert refused("*") == message  # a file that is not read does not change this
 
 
 # Formats that are not read

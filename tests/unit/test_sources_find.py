@@ -1,4 +1,4 @@
-"""Which files a path, a directory or a glob stands for: as loaders read them, each once, or refused as ambiguous."""
+"""The files of a path, a directory or a glob: as loaders read them, each once, or refused as ambiguous."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_a_shard_is_no_candidate(working_directory: Path) -> None:
         assert "the directory x" in refused(spec)
 
 
-# Each once
+# Each file counts once
 
 
 def linked(working_directory: Path) -> None:
@@ -152,7 +152,7 @@ def test_files_of_equal_content_are_not_the_same(working_directory: Path) -> Non
 
 
 def test_shards_behind_the_same_index_may_differ(working_directory: Path) -> None:
-    """As in the cache of the Hugging Face hub, where an index of equal content is one file."""
+    """As in the cache of the Hugging Face hub, where indexes of equal content are one file."""
     for i in (1, 2):
         write(working_directory / f"run/step-{i}", "model.safetensors.index.json", float(i))
     (working_directory / "run/step-2/model.safetensors.index.json").unlink()

@@ -1,4 +1,4 @@
-"""Directories as training frameworks write them: the Trainer and Accelerate under FSDP, and Lightning."""
+"""Directories of training frameworks: the Trainer and Accelerate under FSDP, and Lightning."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def dcp_folder(folder: Path, value: float, key: str = "model") -> None:
 
 @pytest.fixture
 def out(working_directory: Path) -> Path:
-    """Checkpoints of the Trainer under FSDP, with a copy of the best, a link, and files beside them."""
+    """Write checkpoints of the Trainer under FSDP, with a copy of the best, a link, and further files."""
     for step in (50, 100, 1000):
         dcp_folder(working_directory / f"out/checkpoint-{step}/pytorch_model_fsdp_0", float(step))
         dcp_folder(working_directory / f"out/checkpoint-{step}/optimizer_0", 0.0, "optimizer")
@@ -112,7 +112,7 @@ def test_copies_that_torch_files_are(working_directory: Path, steps: list[str], 
         torch.save(state(float(i)), name)
     paths, messages = found("*.p*")
     assert sorted(paths) == steps and len(messages) == 1 and all(f"'{name}'" in messages[0] for name in names)
-    assert sorted(found([*steps, *names])[0]) == sorted([*steps, *names])  # those that are named are taken
+    assert sorted(found([*steps, *names])[0]) == sorted([*steps, *names])  # explicitly named ones are used
 
 
 # Lightning

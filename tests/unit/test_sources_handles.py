@@ -1,4 +1,4 @@
-"""Open files are few, whatever the number of candidates, and a file that changed is found out."""
+"""Few files are open for any number of candidates, and a file that changed is detected."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def write(directory: Path, count: int) -> list[Candidate]:
 
 
 def take_all(held: list[int]) -> None:
-    """Open files until this process may not open another."""
+    """Open files until this process may not open more."""
     with pytest.raises(OSError):
         while True:
             held.append(os.open(os.devnull, os.O_RDONLY))
@@ -109,7 +109,7 @@ def test_file_that_changed_before_it_was_mapped_is_refused(tmp_path: Path, size:
 
 
 def test_mapping_beyond_the_memory_of_the_process(tmp_path: Path) -> None:
-    size, room = 1 << 30, 1 << 28  # of sparse files; what else the process allocates fits into the room
+    size, room = 1 << 30, 1 << 28  # of sparse files; other allocations of the process fit into this
     header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     for i in range(2):
         path = tmp_path / f"step-{i}.safetensors"

@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM and NeMo: the layout that their `torch_dist` has, written with torch.
+"""Checkpoints of Megatron-LM and NeMo in the format `torch_dist`, written with torch.
 
 tests/integrations/test_megatron.py has some that Megatron-core and NeMo themselves have written.
 """
@@ -38,7 +38,7 @@ def weights(seed: int) -> Tensors:
 
 
 def optimizer_of(state: Tensors, copy: str = "fp32_param", chain: str = "") -> Tensors:
-    """Return moments and float32 copies of weights, which have some more bits."""
+    """Return moments and float32 copies of weights, which are more precise."""
     kept = {f"{chain}optimizer.state.exp_avg.{name}": torch.ones_like(value.float()) for name, value in state.items()}
     return kept | {
         f"{chain}optimizer.state.{copy}.{name}": value.float() * (1 + 2**-12) for name, value in state.items()
@@ -111,11 +111,11 @@ def test_the_copies_of_the_optimizer_become_the_average_too(working_directory: P
     assert not torch.equal(exact, exact.bfloat16().float()) and torch.equal(model, exact.bfloat16())
 
 
-EXPERTS = "decoder.layers.linear.weight"  # stands for them
+EXPERTS = "decoder.layers.linear.weight"  # a placeholder for them
 
 
 def optimizers_of(state: Tensors) -> Tensors:
-    """Return what an optimizer of experts and one of all other weights hold."""
+    """Return the state of an optimizer of experts and of one of all other weights."""
     dense = {name: value for name, value in state.items() if name != EXPERTS}
     of_experts = optimizer_of({EXPERTS: state[EXPERTS]}, "param", "chained_1.")
     return optimizer_of(dense, "param", "chained_0.") | of_experts
@@ -269,7 +269,7 @@ def test_only_the_format_same_keeps_the_tracker(working_directory: Path, form: s
     assert not list(Path("out").rglob("latest_checkpointed_iteration.txt"))
 
 
-# Layers that are stacked
+# Stacked layers
 
 
 class Layers(nn.Module):

@@ -1,4 +1,4 @@
-"""Torch files with more than tensors: objects beside the weights are inert, and no weights are guessed from them."""
+"""Torch files with objects: their code does not run, and no weights are inferred from them."""
 
 import argparse
 import collections
@@ -34,7 +34,7 @@ class Kind(enum.Enum):
 
 
 class Settings(dict[str, Any]):
-    """As the configuration classes of mmengine, easydict and Lightning are."""
+    """A class like the configuration classes of mmengine, easydict and Lightning."""
 
 
 class Holder:
@@ -50,7 +50,7 @@ class Slotted:
 
 
 class Called:
-    """What calling a class with arguments makes; it would run if anything was called."""
+    """The result of calling a class with arguments. It would run if anything was called."""
 
     def __init__(self, *_: object) -> None:
         self.args = _
@@ -87,7 +87,7 @@ def holds(candidate: Candidate, state: dict[str, torch.Tensor]) -> bool:
     )
 
 
-# Objects beside the weights
+# Objects next to the weights
 
 HARMLESS = {
     "timm's arguments": argparse.Namespace(model="vit", lr=[0.1, 1e-3], path=Path("x"), device=torch.device("cpu")),
@@ -113,7 +113,7 @@ def test_objects_beside_the_weights_are_not_touched(tmp_path: Path, name: str, s
 
 
 def test_pth_tar_files_are_read(tmp_path: Path) -> None:
-    """As timm writes them."""
+    """timm writes such files."""
     for i in range(2):
         saved(tmp_path / f"checkpoint-{i}.pth.tar", {"state_dict": weights(i), "args": argparse.Namespace(lr=0.1)})
     candidates = open_candidates(str(tmp_path / "*.tar"))
@@ -178,7 +178,7 @@ def test_lists_among_the_weights_are_not_read(tmp_path: Path) -> None:
         (weights() | {"q": nn.UninitializedParameter()}, "torch.nn.parameter.UninitializedParameter"),
         (weights() | {"q": torch.ones(2, device="meta")}, "'q' is a torch._utils._rebuild_meta_tensor_no_storage"),
         ({0: torch.ones(2), "0": torch.zeros(2)}, "two tensors are called '0'"),
-        ({b"a": torch.ones(2)}, "holds no tensors"),  # a text of its own in every process
+        ({b"a": torch.ones(2)}, "holds no tensors"),  # its text differs between processes
         ({"model": weights() | {b"c": torch.ones(2)}}, "the tensor under the key b'c' has no name"),
         ({"model": weights() | {Kind.SGD: torch.ones(2)}}, "the tensor under a Kind as key has no name"),
     ],
@@ -253,13 +253,13 @@ def net(seed: int) -> Net:
 
 
 def ema_of(model: nn.Module) -> dict[str, Any]:
-    """As torch_ema and diffusers save it."""
+    """Return the EMA as torch_ema and diffusers save it."""
     shadow = [2 * p.detach() for p in model.parameters()]
     return {"decay": 0.9, "num_updates": 3, "shadow_params": shadow, "collected_params": None}
 
 
 def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of the model once the EMA has been copied into it."""
+    """Return the state of the model after the EMA was copied into it."""
     parameters = dict(model.named_parameters())
     return {name: 2 * value if name in parameters else value for name, value in model.state_dict().items()}
 
@@ -318,7 +318,7 @@ def test_a_list_that_cannot_be_named_is_refused(
 
 
 def test_the_order_of_a_distributed_checkpoint_names_nothing(tmp_path: Path) -> None:
-    """Its metadata do not keep the order of the state dict."""
+    """Its metadata does not keep the order of the state dict."""
     model = net(0)
     dcp.save({"model": model.state_dict(), "ema": ema_of(model)["shadow_params"]}, checkpoint_id=tmp_path, **ALONE)
     assert "no state dict next to it" in refused(tmp_path, weights_key="ema")

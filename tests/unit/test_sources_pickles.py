@@ -1,4 +1,4 @@
-"""Pickles are read as Python reads them, but for what a hostile one could do: run code, fill memory, or never end."""
+"""Pickles are read as Python reads them, but cannot run code, fill memory, or run without end."""
 
 import contextlib
 import itertools
@@ -102,7 +102,7 @@ def test_hostile_pickles_are_refused(name: str) -> None:
 
 
 def test_the_memo_is_as_large_as_what_is_in_it() -> None:
-    """Python's own allocates 68 GB for this index."""
+    """Python's own unpickler allocates 68 GB for this index."""
     assert SafeUnpickler(b"\x80\x02]r\xff\xff\xff\xff0j\xff\xff\xff\xff.").load() == []
 
 
@@ -111,7 +111,7 @@ def test_keys_are_not_hashed_without_bound() -> None:
     value: Any = ()
     for _ in range(60):
         value = (value, value)
-    raw = pickle.dumps([value])  # shares each level
+    raw = pickle.dumps([value])  # each level is shared
     actual = SafeUnpickler(raw.replace(b"]", b"}", 1).replace(b"a.", b"Ns.", 1)).load()
     assert actual == {} and time.monotonic() - began < 5
 
@@ -165,7 +165,7 @@ def test_an_archive_without_checksums_is_read(tmp_path: Path) -> None:
 
 
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
-    """However small, its members could be of any size."""
+    """A small archive may have members of any size."""
     path = rewritten(
         saved(tmp_path / "a.pt", w=torch.zeros(1 << 20)), tmp_path / "b.pt", compression=zipfile.ZIP_DEFLATED
     )
@@ -198,7 +198,7 @@ def test_archives_that_are_damaged(tmp_path: Path, change: Any, message: str) ->
 
 
 def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
-    """A bomb of overlapping members stands for more bytes than the file has."""
+    """Overlapping members could have more bytes than the file."""
     raw = bytearray(saved(tmp_path / "a.pt", w=torch.arange(6.0), v=torch.ones(6)).read_bytes())
     entry = raw.rindex(b"PK\x01\x02", 0, raw.index(b"a/data/1", raw.index(b"PK\x01\x02")))
     first = raw.rindex(b"PK\x01\x02", 0, raw.index(b"a/data/0", raw.index(b"PK\x01\x02")))
@@ -236,7 +236,7 @@ def test_the_crc_of_pieces_in_any_order(data: st.DataObject) -> None:
     parts = sorted({0, len(raw), *data.draw(st.lists(st.integers(0, len(raw))))})
     spans = data.draw(st.permutations(list(itertools.pairwise(parts))))
     pieces = PiecewiseCrc()
-    sample = data.draw(st.integers(0, len(raw) - 1))  # read before, as the comparison of ranks does
+    sample = data.draw(st.integers(0, len(raw) - 1))  # read before, as in the comparison of ranks
     pieces.add(sample, memoryview(raw[sample : sample + 1]), len(raw) + 1)
     actual = [pieces.add(a, memoryview(raw[a:b]), len(raw)) for a, b in spans]
     assert zlib.crc32(raw) in actual and set(actual) <= {None, zlib.crc32(raw)}

@@ -1,4 +1,4 @@
-"""Sharded state dicts that each rank wrote with torch.save, in the layout that verl documents."""
+"""Sharded state dicts that each rank wrote with torch.save, in verl's format."""
 
 import json
 import shutil

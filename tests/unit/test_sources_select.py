@@ -1,4 +1,4 @@
-"""Which tensors of a file are weights: optimizer entries, other sets, quantized and tied ones, factors of adapters."""
+"""The weights among the tensors of a file: optimizer entries, other sets, quantized and tied ones, adapter factors."""
 
 import json
 import time
@@ -283,7 +283,7 @@ def test_a_configuration_of_quantization_is_refused(tmp_path: Path, section: dic
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
     message = refused([tmp_path])
     assert f"quantization_config ({name})" in message and "config.json" in message
-    (tmp_path / "config.json").write_text("[" * 100_000)  # damaged: nothing is known
+    (tmp_path / "config.json").write_text("[" * 100_000)  # damaged, so that nothing is known
     assert opened([tmp_path])[0]
 
 
@@ -314,12 +314,12 @@ def test_what_is_not_equal_elsewhere_is_not_tied() -> None:
         message = refused([whole | change, tied(1) | change, tied(2, head=False)])
         assert "'lm_head.weight' is missing" in message and "state dict 2" in message
     lacking = tied(2)
-    del lacking["zero.weight"]  # equal to another of zeros
+    del lacking["zero.weight"]  # equal to another tensor of zeros
     assert "'zero.weight' is missing" in refused([tied(0), tied(1), lacking])
 
 
 def test_a_candidate_of_another_model_is_refused_without_reading() -> None:
-    """Only a few missing names are looked for among other tensors."""
+    """Only a few missing names are compared with other tensors."""
     generator = torch.Generator().manual_seed(0)
     state = {f"layers.{i}.weight": torch.randn(4, 4, generator=generator) for i in range(2000)}
     half = dict(list(state.items())[:1000])

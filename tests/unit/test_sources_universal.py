@@ -1,4 +1,4 @@
-"""Universal checkpoints: those that DeepSpeed's converter has made, and small ones made here."""
+"""Universal checkpoints, written by DeepSpeed's converter and by these tests."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ def universal(folder: Path, trained: dict[str, torch.Tensor], in_model: dict[str
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_weights_are_compared_in_the_type_of_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Norms are alike: what DeepSpeed 0.19.8 exchanges with `round_robin_gradients` may differ by little."""
+    """Norms have similar values, so exchanges by `round_robin_gradients` may differ little."""
     a, b = 1 + 0.004 * torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
     a[3] = torch.nan  # the weights are not finite, which is another error
     model = {"a.weight": a.to(dtype), "b.weight": b.to(dtype)}
@@ -77,7 +77,7 @@ def test_universal_checkpoints_without_a_weight_are_refused(
 
 
 def test_exchanged_parameters_of_a_universal_checkpoint_are_refused(written: Path, tmp_path: Path) -> None:
-    """As DeepSpeed 0.19.8 makes them of a run with `round_robin_gradients`."""
+    """DeepSpeed 0.19.8 writes such checkpoints of a run with `round_robin_gradients`."""
     folder = shutil.copytree(written / "2/u-2-bf16", tmp_path / "run") / "step1"
     up, down = (folder / f"zero/{name}.weight/fp32.pt" for name in ("up", "down"))
     values = torch.load(up)["param"].reshape(-1), torch.load(down)["param"].reshape(-1)

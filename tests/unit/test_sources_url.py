@@ -1,4 +1,4 @@
-"""Candidates that URLs name: in fsspec's memory, on a web server, and in S3 if its libraries are installed.
+"""Candidates at URLs: in fsspec's memory, on a web server, and in S3 if its libraries are installed.
 
 `pip install s3fs 'moto[server]'` runs the tests of S3. They are no requirements of development, because they need an
 older python-dateutil than it has.
@@ -59,7 +59,7 @@ def run_at(base: str) -> str:
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    """The URL of an empty directory in memory."""
+    """Return the URL of an empty directory in memory."""
     base = f"memory://{uuid4().hex}"
     yield base
     fsspec.filesystem("memory").rm(base.partition("://")[2], recursive=True)
@@ -210,7 +210,7 @@ def test_outputs_are_not_urls(memory: str) -> None:
 
 
 class Served:
-    """What a server has, and the ranges that it has sent."""
+    """The files of a server, and the ranges that it has sent."""
 
     def __init__(self) -> None:
         self.content: dict[str, bytes] = {}
@@ -268,7 +268,7 @@ def attach_shards(urls: list[str]) -> int:
 
 @pytest.mark.parametrize("slash", ["/", ""])
 def test_a_pattern_matches_directories_of_a_server(web: tuple[str, Served], slash: str) -> None:
-    """Servers list a directory with a slash after its name, or without."""
+    """Servers list a directory with or without a slash after its name."""
     url, served = web
     served.content["/"] = "".join(["<html>", *(f'<a href="step-{i}{slash}">' for i in range(2)), "</html>"]).encode()
     for i in range(2):
@@ -289,7 +289,7 @@ def test_ranks_read_each_byte_once(ranks: Pool, web: tuple[str, Served], size: i
     read_bytes = ranks(attach_shards, size, urls=[f"{url}/step-{i}.safetensors" for i in range(2)])
     data = sum(value.nbytes for value in state(0).values())
     assert sum(read_bytes) == 2 * data and max(read_bytes) < 2 * data * (1 / size + 0.1)
-    # Beside these each rank reads headers, and samples to compare: of each tensor at most 8 of 16 numbers.
+    # Each rank also reads headers, and samples for comparison: at most 8 times 16 numbers of each tensor.
     beside = size * (len(save(state(0))) - data + 8 * 16 * 4 * len(state(0)))
     for sent in served.sent.values():
         assert data <= sum(stop - start for start, stop in sent) <= data + beside
@@ -338,7 +338,7 @@ def test_candidates_in_s3(s3: str, working_directory: Path, monkeypatch: pytest.
     average_fixed([f"{run}/step-*"], "out")
     assert_average(working_directory / "out")
     assert Path("out/config.json").exists()
-    put_step(f"{run}/step-1000", 3)  # lists of the bucket are not kept
+    put_step(f"{run}/step-1000", 3)  # listings of the bucket are not cached
     assert len(found(f"{run}/step-*")[0]) == 4
     (candidate,) = open_candidates([f"{run}/step-2"], minimum=1)
     put_step(f"{run}/step-2", 5)

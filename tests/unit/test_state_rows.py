@@ -1,4 +1,4 @@
-"""The file of rows beside a state: each state has its own, whatever happens to a process or to the files."""
+"""The file of rows of a state: each state has its own, also after kills and changes to files."""
 
 import os
 from itertools import pairwise
@@ -34,7 +34,7 @@ def train(twa: TrainableAverage) -> None:
 
 
 def save(twa: TrainableAverage, output: Path, step: int, *, whole: bool = False) -> None:
-    """Save as a run does, with a best average: that of the last save."""
+    """Save as a run does, with the best average, that of the last save."""
     content = twa.held()
     kept = {"step": 0, "data": {"metric": "loss"}, "metrics": {"loss": 1.0}, "x": content.x}
     kept |= {"coefficients": content.coefficients, "buffers": {}}
@@ -58,7 +58,7 @@ def twa() -> TrainableAverage:
 
 
 def test_each_state_has_a_file_and_older_ones_are_removed(twa: TrainableAverage, tmp_path: Path) -> None:
-    """Also those that a killed process has left, and none of another's."""
+    """Files of killed processes are removed, too, but not those of others."""
     actual = []
     (tmp_path / "state.rows-of-someone").mkdir()
     for step in range(4):
@@ -67,7 +67,7 @@ def test_each_state_has_a_file_and_older_ones_are_removed(twa: TrainableAverage,
         actual.append(values(tmp_path))
         assert len(places(tmp_path) - {"state.rows-of-someone"}) == min(step + 1, 2)
         if step == 2:
-            twa.state_dict(tmp_path)  # and the process is killed before it has written state.pt
+            twa.state_dict(tmp_path)  # the process is killed before it has written state.pt
             assert load_state(tmp_path).step == 2 and torch.equal(values(tmp_path), actual[2])
             assert len(places(tmp_path)) == 4
     assert not any(torch.equal(first, second) for first, second in pairwise(actual))
@@ -85,7 +85,9 @@ def test_a_save_that_fails_leaves_what_was_there(twa: TrainableAverage, tmp_path
         with patch(place, side_effect=OutputError("full")), pytest.raises(OutputError, match="full"):
             save(twa, tmp_path, 3)
         assert load_state(tmp_path).step == 1
-    save(twa, tmp_path, 2)  # removes what the first left: as if killed between the file and its name in the state
+    save(
+        twa, tmp_path, 2
+    )  # removes the files of the first, as after a kill between writing the file and naming it in the state
     assert len(places(tmp_path)) == 2 and load_state(tmp_path).step == 2
     unchanged = [path for path in before if path.exists() and path.read_bytes() == before[path]]
     assert len(unchanged) == 1, "the rows of the state before"
@@ -96,7 +98,7 @@ def test_a_save_that_fails_leaves_what_was_there(twa: TrainableAverage, tmp_path
 
 
 def test_rows_are_read_while_a_run_saves_newer_ones(twa: TrainableAverage, tmp_path: Path) -> None:
-    """As `twa-scale export` of a run that goes on."""
+    """As with `twa-scale export` of a run that continues."""
     save(twa, tmp_path, 0)
     rows, expected = load_state(tmp_path).twa.rows, values(tmp_path)
     assert rows is not None and rows.stored is not None
@@ -179,7 +181,7 @@ def test_rows_of_another_model_and_other_files_are_refused(twa: TrainableAverage
 
 
 def test_a_state_with_all_rows_in_it_is_still_read(twa: TrainableAverage, tmp_path: Path) -> None:
-    """As before version 0.1 had files of rows."""
+    """Such states were written before version 0.1 had files of rows."""
     train(twa)
     save(twa, tmp_path, 0, whole=True)
     state = load_state(tmp_path)

@@ -1,4 +1,4 @@
-"""The optimizer that users get, and the average at the ends of its life: on one process."""
+"""The optimizer of the public API, and the closing of an average, in one process."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ def attach(**config: Any) -> tuple[Any, TrainableAverage]:
 
 
 def loss(model: Any, step: int) -> torch.Tensor:
-    """BatchNorm is in evaluation mode, so that only the weights count."""
+    """Return the loss with BatchNorm in evaluation mode, so that only the weights change it."""
     model.stem.norm.eval()
     return models.loss(model, models.batch(step))
 
@@ -56,7 +56,7 @@ def by_closure(model: Any, twa: TrainableAverage, step: int) -> None:
         value.backward()
         return value
 
-    with torch.no_grad():  # as torch's own optimizers, which turn gradients on for a closure
+    with torch.no_grad():  # as torch's optimizers, which enable gradients for a closure
         assert twa.optimizer.step(closure).item() > 0
 
 
@@ -81,7 +81,7 @@ def test_schedulers_and_hooks_see_every_step_once(take: Any) -> None:
     twa.optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     twa.optimizer.register_step_post_hook(lambda *_: seen.append("after"))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a scheduler warns of steps that it has not seen
+        warnings.simplefilter("error")  # a scheduler warns about steps that it has not seen
         scheduler = torch.optim.lr_scheduler.StepLR(twa.optimizer, step_size=1, gamma=0.0)
         before = twa.coefficients
         take(model, twa, 0)
@@ -96,7 +96,7 @@ def test_schedulers_and_hooks_see_every_step_once(take: Any) -> None:
 @pytest.mark.parametrize("config", [{}, {"max_grad_norm": 0.01}], ids=["free", "clipped"])
 @pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
 def test_a_scaler_steps_the_optimizer(unscale: bool, config: dict[str, Any]) -> None:
-    """The second step overflows: it is left out, and the scale is lowered."""
+    """The second step overflows. It is skipped, and the scale is lowered."""
 
     def steps(scaling: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
         model, twa = attach(**config)
@@ -225,7 +225,7 @@ def test_a_closed_average_says_so() -> None:
     twa.close()
     twa.close()
     methods = {name for name, value in vars(TrainableAverage).items() if callable(value) and not name.startswith("_")}
-    assert methods - {"close", "described", "origin"} <= USES.keys()  # these tell of the coefficients, which stay
+    assert methods - {"close", "described", "origin"} <= USES.keys()  # these describe the coefficients, which remain
     for name, use in USES.items():
         with pytest.raises(TwaError, match=rf"^{name.removeprefix('optimizer.')}: .* is closed"):
             use(twa)

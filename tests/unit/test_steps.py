@@ -1,4 +1,4 @@
-"""The choice of candidates by the steps in their names, by number and by order."""
+"""Selection of candidates by the steps in their names, by number and by order."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_step_of(path: str, step: int | None) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 100 to 1000 and 1050, of which the numbers are the values of the weights."""
+    """Write steps 100 to 1000 and 1050. The value of the weights is the step."""
     folder = tmp_path_factory.mktemp("run")
     for step in [*range(100, 1001, 100), 1050]:
         torch.save({"w": torch.full((2,), float(step))}, folder / f"step-{step}.pt")

@@ -1,4 +1,4 @@
-"""Reading ahead in threads, and kernels that compute deltas, against plain float64."""
+"""Threads that read ahead, and kernels that compute deltas, compared with float64."""
 
 import os
 import threading
@@ -29,7 +29,7 @@ HALVES = ["bfloat16", "float16"]
 
 
 def sources(n: int, m: int, kind: str) -> Sources:
-    """Rows that are parts of wider ones, as in the buffers."""
+    """Return rows that are slices of wider ones, as in the buffers."""
     torch.manual_seed(n + m)
     wide = torch.randn(1, m + 7) + 1e-3 * torch.randn(n, m + 7)
     if kind == "mixed":
@@ -57,7 +57,7 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
     torch.testing.assert_close(matrix(rows).double(), exact - center, rtol=0, atol=3e-9)
     wide = torch.cat([exact - center if dtype == torch.float64 else matrix(rows).double(), actual[None, :m].double()])
     torch.testing.assert_close(products, wide @ wide.T, rtol=1e-12, atol=1e-12 * float(wide[-1] @ wide[-1]))
-    for times in (1, 2):  # they are added to
+    for times in (1, 2):  # the kernel adds to them
         kernels.make_deltas(inputs, weights.tolist(), Target(products=squares), 0)
         torch.testing.assert_close(squares, times * products.diagonal(), rtol=1e-12, atol=0)
     kernels.make_deltas(inputs, weights.tolist(), Target(products=products), 0)
@@ -66,7 +66,7 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
 def test_deltas_do_not_depend_on_neighbouring_columns(kind: str) -> None:
-    """Vectors and what is left over compute alike, so that codes do not depend on chunks or ranks."""
+    """Vector instructions and the remaining columns agree, so codes do not depend on chunks or ranks."""
     inputs = sources(5, 1000, kind)
     assert isinstance(inputs, Tensor)
     weights = [0.1, 0.2, 0.3, 0.15, 0.25]
@@ -84,7 +84,7 @@ def test_deltas_do_not_depend_on_neighbouring_columns(kind: str) -> None:
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_and_parts_change_no_delta(kernels: Kernels, dtype: torch.dtype) -> None:
-    """Dense rows written from any column on, by several threads."""
+    """Several threads write dense rows from any column on."""
     n, m = 16, 70_001
     inputs, indices = sources(n, m, "bfloat16"), [0, 1, 130, 5000, 5001, 40_000, m]
     assert isinstance(inputs, Tensor)
@@ -119,7 +119,7 @@ def written(folder: Path, tensors: list[dict[str, Tensor]]) -> list[str]:
 
 @pytest.mark.parametrize("in_flight", [1, 3, 8])
 def test_small_reads_of_spans_are_exact(tmp_path: Path, in_flight: int) -> None:
-    """Contiguous, strided and empty spans, cut by reads of 4 KiB; integers come from the last candidate."""
+    """Contiguous, strided and empty spans, read in pieces of 4 KiB. Integers come from the last candidate."""
     n = 5
     states = [
         {"a": torch.randn(100, 130).bfloat16(), "b": torch.randn(7000), "i": torch.arange(3000) + k} for k in range(n)
@@ -173,7 +173,7 @@ def test_settings_out_of_range(key: str, value: int) -> None:
 
 @both
 def test_non_finite_values_are_not_written_to_live_weights(kernels: Kernels) -> None:
-    """A parameter that is not trained, in the model's own type and under autograd."""
+    """A parameter that is not trained, in the model's type, with autograd."""
     inputs = torch.ones(3, 300).bfloat16()
     inputs[1, 7] = float("nan")
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

@@ -1,4 +1,4 @@
-"""The shipped tasks on real data, and what they say about input that cannot be used."""
+"""The shipped tasks on real data, and their messages for invalid input."""
 
 import gzip
 import importlib
@@ -44,7 +44,7 @@ def batch_of(examples: Examples, size: int) -> dict[str, torch.Tensor]:
 
 
 def first_loss_and_last(task: Task, split: str = "train", steps: int = 12, size: int = 16) -> tuple[float, float]:
-    """Train for a few steps: loss on the first batch before and after, through `loss` and `metrics`."""
+    """Train for a few steps. Return the loss on the first batch before and after, with `loss` and `metrics`."""
     torch.manual_seed(0)
     model, data = task.model(), task.dataset(split)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -94,7 +94,7 @@ def digits(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A module of the user's own, importable."""
+    """Write a user's module that can be imported."""
     (tmp_path / "mine_for_twa.py").write_text(
         "from torch import nn\n"
         "def classifier(inputs=64, classes=10):\n"
@@ -319,7 +319,7 @@ def test_image_folder(tmp_path: Path, mine: str) -> None:
     assert after < before
 
 
-# A task of the user's own
+# A custom task
 
 
 def test_own_task_by_import_path(digits: Path, mine: str) -> None:
@@ -328,7 +328,7 @@ def test_own_task_by_import_path(digits: Path, mine: str) -> None:
     assert len(task.dataset("train")) == 1000
 
 
-# What cannot be used
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_splits_without_data(tmp_path: Path) -> None:
 
 
 def test_named_pipes_are_refused(tmp_path: Path) -> None:
-    """They would keep their reader waiting for ever."""
+    """They would block their reader."""
     (tmp_path / "x").mkdir()
     for name in ("a.csv", "a.npz", "x/a.png"):
         os.mkfifo(tmp_path / name)
@@ -429,7 +429,7 @@ def test_compressed_files_are_refused_as_text(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_found_or_read(tmp_path: Path) -> None:
-    """Nothing is left out in silence: a part of the data would be missing."""
+    """Nothing is skipped without a message, because a part of the data would be missing."""
     folder = tmp_path / "run[1]"
     (folder / "deep").mkdir(parents=True)
     (folder / "a.txt").write_text("text " * 9)
@@ -453,7 +453,7 @@ def test_data_that_cannot_be_found_or_read(tmp_path: Path) -> None:
 
 
 def test_data_behind_links_are_read_once(tmp_path: Path) -> None:
-    """Splits follow from names, so a second name must not put a file into two of them."""
+    """Splits depend on names, so a second name must not put a file into two of them."""
     for name in ("data/deep/a.txt", "elsewhere/b.txt", "data/lost+found/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -697,7 +697,7 @@ def test_transformers_missing(bert: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_code_of_a_model_directory_is_never_run(tmp_path: Path) -> None:
-    """With an answer for every prompt: what asks whether to run it must not be reached."""
+    """Every prompt is answered, so that a question whether to run code would run it."""
     directories = []
     for file in ("config.json", "tokenizer_config.json"):
         directory = tmp_path / file

@@ -1,4 +1,4 @@
-"""Outputs are complete at any time, and temporary files are removed once their owner is dead."""
+"""Outputs are complete at any time, and temporary files are removed after their owner has ended."""
 
 import json
 import multiprocessing
@@ -64,7 +64,7 @@ def hold(target: Path, ready: Connection) -> None:
 
 @contextmanager
 def holding(target: Path, run: Callable[[Path, Connection], None] = hold) -> Iterator[tuple[int, str]]:
-    """Run a process that holds a temporary name; yield its id and the name."""
+    """Run a process that holds a temporary name. Yield its id and the name."""
     receive, send = FORK.Pipe(duplex=False)
     process = FORK.Process(target=run, args=(target, send))
     process.start()

@@ -1,4 +1,4 @@
-"""Tied tensors that are stored apart, masks of infinite numbers, and live tensors, through attach and average."""
+"""Tied tensors that are stored separately, masks of infinite values, and live tensors, with attach and average."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ INF = float("inf")
 
 
 class Tied(nn.Module):
-    """An embedding that is the head too, and masks as a frozen parameter and as a buffer."""
+    """An embedding that is also the head, and masks as a frozen parameter and as a buffer."""
 
     bias_mask: torch.Tensor
 
@@ -132,7 +132,7 @@ def test_other_names_are_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 
 def test_a_classifier_of_the_shape_of_token_types_is_not_tied(tmp_path: Path) -> None:
-    """BERT's config.json says that word embeddings are tied, of any head."""
+    """BERT's config.json has tied word embeddings for any head."""
     names = ("bert.embeddings.token_type_embeddings.weight", "bert.embeddings.position_embeddings.weight")
     states = [{name: torch.randn(2, 3) for name in (*names, "classifier.weight", "lm_head.weight")} for _ in "ab"]
     for path in (paths := written(tmp_path, states)):

@@ -1,4 +1,4 @@
-"""Files that transformers converts when it loads them: what they hold twice, lack, or have under a prefix."""
+"""Files that transformers converts when it loads them: repeated and missing tensors, and prefixes."""
 
 import re
 import sys
@@ -45,7 +45,7 @@ def stored(model: transformers.PreTrainedModel, directory: Path) -> Weights:
 
 
 def twice(weights: Weights, directory: Path) -> list[Path]:
-    """Write two candidates, of which the last has these weights."""
+    """Write two candidates, the last of which has these weights."""
     paths = [directory / f"step-{i}.safetensors" for i in range(2)]
     for i, path in enumerate(paths):
         save_file({name: value + 1 - i for name, value in weights.items()}, path)
@@ -78,7 +78,7 @@ def test_the_expert_that_is_missing_is_named(removed: str, missing: str, tmp_pat
 
 
 def test_experts_that_are_stored_transposed_under_the_same_names(tmp_path: Path) -> None:
-    """As those of Qwen3-VL-MoE on the hub: transformers looks at the shapes, and transposes."""
+    """Qwen3-VL-MoE on the hub has such tensors: transformers compares the shapes, and transposes."""
     (vision,) = (item for item in ARCHITECTURES if item.model == "Qwen3VLMoeForConditionalGeneration")
     config = transformers.Qwen3VLMoeConfig(**vision.settings)
     config.text_config.moe_intermediate_size = 12  # no matrix of an expert is square
@@ -154,7 +154,7 @@ def test_what_a_version_of_transformers_lacks_is_named(
 def test_rules_that_are_looked_up_by_the_class_of_a_model_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the first versions of transformers 5 do."""
+    """As in the first versions of transformers 5."""
     rules, classes = conversion_mapping.get_model_conversion_mapping, []
 
     def by_class(model: Any, **options: Any) -> Any:

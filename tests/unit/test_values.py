@@ -1,4 +1,4 @@
-"""What each kind of tensor becomes in an average: `attach` at the center and `average` agree to the bit."""
+"""The average of each kind of tensor: `attach` at the center and `average` give the same bits."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ class Everything(nn.Module):
 
 
 def states(n: int = N) -> list[dict[str, Tensor]]:
-    """Candidates that differ in every tensor; some numbers are subnormal, some are equal."""
+    """Return candidates that differ in every tensor. Some numbers are subnormal, and some are equal."""
     actual = []
     for seed in range(n):
         torch.manual_seed(seed)
@@ -80,7 +80,7 @@ COPIED = {
 @pytest.mark.parametrize("weights", ["mean", "ema:0.9", "ema-torch:0.7", [1.7, -0.4, -0.3], "last"], ids=str)
 def test_attach_and_average_give_the_same_bits(tmp_path: Path, weights: Any) -> None:
     candidates = states()
-    for state in candidates[1:]:  # files do not tell that these are buffers
+    for state in candidates[1:]:  # files do not show that these are buffers
         state["scale"], state["wide_running_mean"] = candidates[0]["scale"], candidates[0]["wide_running_mean"]
     paths, model = save(tmp_path, candidates), Everything()
     with pytest.warns(TwaWarning) as attached:

@@ -31,7 +31,7 @@ ORIGIN = provenance("a test", [])
 def tensors() -> Tensors:
     generator = torch.Generator().manual_seed(0)
     return {
-        "odd": torch.randn(7, generator=generator).bfloat16(),  # leaves the next tensor unaligned unless sorted
+        "odd": torch.randn(7, generator=generator).bfloat16(),  # the next tensor is unaligned unless tensors are sorted
         "weight": torch.randn(5, 3, generator=generator),
         "scalar": torch.tensor(4),
         "flag": torch.tensor([True, False, True]),
@@ -222,7 +222,7 @@ def test_rank_on_another_file_system(ranks: Pool, tmp_path: Path) -> None:
 def test_existing_output(ranks: Pool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    write_share(out, Group.alone(), **with_provenance(ORIGIN, {}))  # empty: taken
+    write_share(out, Group.alone(), **with_provenance(ORIGIN, {}))  # an empty directory is replaced
     own = (out / "model.safetensors").read_bytes()
     for overwrite, messages in ((False, "not empty"), (True, "'model.safetensors'")):
         (out / "model.safetensors").write_bytes(b"precious")

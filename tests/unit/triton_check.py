@@ -1,4 +1,4 @@
-"""Run by test_kernels.py in a process of its own, where Triton interprets its kernels on the CPU."""
+"""Run in a separate process by test_kernels.py, where Triton interprets its kernels on the CPU."""
 
 import torch
 
