@@ -81,7 +81,7 @@ WAYS = {method.__name__: contextmanager(method) for method in (limited, small, f
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("name", CASES)
-def test_full(ranks: Pool, works: dict[str, Work], tmp_path: Path, name: str, chaos_seed: int) -> None:
+def test_full_disks(ranks: Pool, works: dict[str, Work], tmp_path: Path, name: str, chaos_seed: int) -> None:
     work, size = works[name], RANKS.get(name, 1)
     started = time.monotonic()
     work.prepare(tmp_path)

@@ -150,7 +150,7 @@ def test_attach_has_no_evaluations() -> None:
 
 
 @pytest.mark.parametrize("which", ["lawa:0", "lawa:5", "lawa:x", "lawa"])
-def test_windows_that_are_none(which: str) -> None:
+def test_invalid_windows_raise(which: str) -> None:
     twa = twa_scale.attach(nn.Linear(3, 2), states(4))
     with pytest.raises(twa_scale.ConfigError, match="weights"), twa.weights(which):
         pass

@@ -36,19 +36,21 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("config", [*CONFIGS, ROOT / "configs/deepspeed.json"], ids=lambda path: path.name)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpi", "slurm"])
-def test_it_is_understood(shell: Callable[..., CommandResult], config: Path, launcher: str) -> None:
+def test_configuration_is_valid(shell: Callable[..., CommandResult], config: Path, launcher: str) -> None:
     loaded = load_config(config)
     assert loaded.candidates and loaded.task.name
     result = shell("launch", "--with", launcher, config, "--ranks-per-node", 2, "--dry-run")
     assert result.code == 0 and str(config) in shlex.split(result.out), result.err
 
 
-def test_each_is_run_somewhere() -> None:
+def test_each_configuration_is_tested() -> None:
     assert {path.stem for path in CONFIGS} == {*RUNS, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_runs(name: str, ranks: Pool, text: TrainedCandidates, digits: TrainedCandidates, tmp_path: Path) -> None:
+def test_configuration_runs(
+    name: str, ranks: Pool, text: TrainedCandidates, digits: TrainedCandidates, tmp_path: Path
+) -> None:
     """Only paths and sizes are changed. The method is that of the file."""
     size, kind = RUNS[name]
     trained_candidates = {"text": text, "digits": digits}[kind]

@@ -71,7 +71,7 @@ def write_json(path: Path, twa: dict[str, Any]) -> Path:
     return path
 
 
-def test_what_the_launcher_of_deepspeed_adds_is_ignored(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_arguments_of_the_deepspeed_launcher_are_ignored(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     path = write_json(tmp_path / "ds.json", settings(text, tmp_path / "run"))
     words = ("run", "--print-config", "--deepspeed", "--deepspeed_config", path, "steps=2")
     result = shell("--local_rank=1", *words)
@@ -95,7 +95,7 @@ def test_one_json_under_the_launcher_of_deepspeed(text: TrainedCandidates, tmp_p
 
 
 @pytest.mark.slow
-def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(ranks: Pool, text: TrainedCandidates, tmp_path: Path) -> None:
+def test_zero3_on_four_ranks_continues_with_fsdp2_on_two(ranks: Pool, text: TrainedCandidates, tmp_path: Path) -> None:
     whole, parts = (settings(text, tmp_path / name, checkpoint_every=2) for name in ("whole", "parts"))
     ranks(run_here, 2, data={**whole, "engine": "fsdp2"})
     task = {"name": "tests.commands.test_deepspeed:stopping", "text": text.task, "after": 2 * 2 + 2}

@@ -91,7 +91,7 @@ def test_a_tensor_that_a_file_lacks_is_not_that_of_the_file_before(scores: Train
     assert abs(a["loss"] - b["loss"]) > 1e-4
 
 
-def test_paths_are_shown_as_they_are(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_paths_are_printed_unchanged(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     folder = tmp_path / "[lr=1e-4]" / "[/b]"
     folder.mkdir(parents=True)
     save_file(candidates(scores)[-1], folder / "x.safetensors")
@@ -112,14 +112,16 @@ def test_paths_are_shown_as_they_are(scores: TrainedCandidates, tmp_path: Path, 
         (["evaluate_every=x"], "evaluate_every"),
     ],
 )
-def test_what_is_refused(text: TrainedCandidates, tmp_path: Path, shell: Any, words: list[str], named: str) -> None:
+def test_invalid_arguments_raise(
+    text: TrainedCandidates, tmp_path: Path, shell: Any, words: list[str], named: str
+) -> None:
     config = tmp_path / "run.json"
     config.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out")))
     result = shell("evaluate", config, *words)
     assert result.code == 2 and named in result.err and "Traceback" not in result.err
 
 
-def test_files_that_are_no_metrics_are_not_replaced(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_files_other_than_metrics_are_not_replaced(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config, weights, out = tmp_path / "run.json", tmp_path / "w.pt", tmp_path / "found.json"
     config.write_text(json.dumps(settings(scores.candidates, scores.task, tmp_path / "out")))
     torch.save(candidates(scores)[0], weights)

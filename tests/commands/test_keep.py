@@ -117,7 +117,7 @@ def test_corrections_of_rows_are_kept_and_exported(
         (0.44, 1.7, 3, None),
     ],
 )
-def test_a_run_says_what_to_change_if_no_step_was_better_than_the_start(
+def test_advice_if_no_step_is_better_than_the_start(
     training_loss: float | None, held_out: float, best: int, message: str | None
 ) -> None:
     task: Any = SimpleNamespace()
@@ -210,7 +210,7 @@ def test_comparison_with_the_best_of_all_candidates(scores: TrainedCandidates, t
 
 
 @pytest.mark.parametrize(("split", "message"), [("validation", ", on which"), ("train", None)])
-def test_the_title_of_the_comparison_says_what_it_is_on(split: str, message: str | None) -> None:
+def test_title_of_the_comparison_names_the_data(split: str, message: str | None) -> None:
     actual = evaluated_on(config(split=split))
     assert actual.startswith("Evaluation on the validation split") and (message or "split") in actual
     assert (", on which the coefficients were trained" in actual) == bool(message)

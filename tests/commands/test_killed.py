@@ -74,7 +74,7 @@ def test_killed_at_any_change_of_the_disk(scores: TrainedCandidates, tmp_path: P
         )  # temporary files are not results
 
 
-def test_killed_again_and_again(scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_killed_repeatedly(scores: TrainedCandidates, tmp_path: Path) -> None:
     """Each process is killed a little later than the previous one. Each continues from the state."""
     data = settings(scores.candidates, scores.task, tmp_path / "out", checkpoint_every=1, evaluate_every=2)
     number, lives = 15, 0

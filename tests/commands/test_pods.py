@@ -32,7 +32,7 @@ def test_a_run_in_pods_is_the_run_on_one_rank(
 
 
 @pytest.mark.parametrize(("engine", "pods", "size"), [("auto", 2, 3), ("auto", 4, 2), ("plain", 2, 4)])
-def test_pods_that_do_not_fit_the_ranks_are_refused(
+def test_invalid_number_of_pods_raises(
     ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, pods: int, size: int
 ) -> None:
     data = settings(scores.candidates, scores.task, tmp_path / "out", engine=engine, pods=pods)
@@ -40,7 +40,7 @@ def test_pods_that_do_not_fit_the_ranks_are_refused(
     assert isinstance(error, ConfigError) and "pods" in str(error) and str(size) in str(error)
 
 
-def test_plan_knows_pods(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_plan_with_pods(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """A rank of 4 in 2 pods has the memory of a rank of 2, and few bytes are sent between pods."""
     config = tmp_path / "run.json"
     config.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out")))

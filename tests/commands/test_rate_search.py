@@ -80,7 +80,7 @@ def small(lr: float = 0.1, **config: Any) -> tuple[nn.Linear, Any]:
     return model, twa_scale.attach(model, states, {"optimizer": {"name": "sgd", "lr": lr}} | config)
 
 
-def test_the_usual_rates_are_around_the_present_one_and_higher_can_be_better() -> None:
+def test_default_rates_surround_the_present_one() -> None:
     model, twa = small()
     actual = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: twa.config.lr, higher_is_better=True)
     assert [trial.lr for trial in actual.tried] == [trial.score for trial in actual.tried]
@@ -105,7 +105,7 @@ def test_the_script_that_saved_a_chosen_rate_continues_with_it(groups: str) -> N
         twa.load_state_dict(state)
 
 
-def test_of_equal_scores_the_present_rate_is_taken() -> None:
+def test_present_rate_is_kept_for_equal_scores() -> None:
     model, twa = small(0.2)
     with pytest.warns(TwaWarning, match="0.1, 0.2, 0.4 have the same score, 1: 0.2 is chosen"):
         actual = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: 1.0, [0.1, 0.2, 0.4])
@@ -154,7 +154,7 @@ def test_schedulers_of_a_trial_end_with_it_and_others_are_refused() -> None:
 
 
 @pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), True, "0.1", None])
-def test_rates_that_are_no_positive_numbers(lr: Any) -> None:
+def test_rates_that_are_not_positive_raise(lr: Any) -> None:
     _, twa = small()
     with pytest.raises(twa_scale.ConfigError, match="set_lr: the learning rate is"):
         twa.set_lr(lr)
@@ -163,7 +163,7 @@ def test_rates_that_are_no_positive_numbers(lr: Any) -> None:
 
 
 @pytest.mark.parametrize("rates", [[], [0.0], [-1.0], [float("inf")], ["fast"]])
-def test_rates_that_are_none(rates: list[Any]) -> None:
+def test_invalid_rates_raise(rates: list[Any]) -> None:
     with pytest.raises(twa_scale.ConfigError, match="rates"):
         twa_scale.choose_rate(small()[1], lambda: None, lambda: 0.0, rates)
 
@@ -258,9 +258,7 @@ class Falling(Scores):
         return {"loss": (torch.tensor(self._evaluations.pop(0)), 1)}
 
 
-def test_where_a_trial_ends_is_exported_if_it_is_the_best(
-    scores: TrainedCandidates, tmp_path: Path, shell: Any
-) -> None:
+def test_end_of_a_trial_is_exported_if_it_is_the_best(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """A run with as many steps as a trial ends at the same weights."""
     config = tmp_path / "run.json"
     task = TrainedCandidates({"name": f"{__name__}:Falling"}, scores.candidates)

@@ -209,7 +209,7 @@ def test_outputs_that_cannot_be_written(text: TrainedCandidates, config: Any, sh
     assert (tmp_path / "file").read_text() == "mine" and (occupied / "thesis.tex").read_text() == "mine"
 
 
-def test_an_error_is_one_paragraph(shell: Any, tmp_path: Path) -> None:
+def test_error_is_one_paragraph(shell: Any, tmp_path: Path) -> None:
     """Without a terminal there is no progress bar and no empty line."""
     for words in (("average", tmp_path / "a", "--out", tmp_path / "out"), ("inspect", tmp_path / "a")):
         assert shell(*words).err.startswith(f"CandidateError: {tmp_path / 'a'}: ")

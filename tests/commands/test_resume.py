@@ -114,7 +114,7 @@ def everything(output: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_run_that_has_finished_is_left_alone(ranks: Pool, mine: TrainedCandidates, tmp_path: Path, size: int) -> None:
+def test_finished_run_does_not_change(ranks: Pool, mine: TrainedCandidates, tmp_path: Path, size: int) -> None:
     output = tmp_path / "out"
     summary = ranks(run_here, size, data=life(mine, output))[0]
     before = everything(output)
@@ -128,7 +128,7 @@ def test_a_run_that_has_finished_is_left_alone(ranks: Pool, mine: TrainedCandida
     assert everything(output) == before
 
 
-def test_a_run_that_has_finished_says_so(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_finished_run_is_reported(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(life(scores, tmp_path / "out")))
     assert shell("run", config).code == 0
@@ -151,7 +151,7 @@ def test_results_that_are_missing_are_written_again(scores: TrainedCandidates, t
 
 
 @pytest.mark.parametrize("unfinished", [False, True])
-def test_steps_can_be_raised(
+def test_steps_can_be_increased(
     scores: TrainedCandidates, tmp_path: Path, capsys: pytest.CaptureFixture[str], unfinished: bool
 ) -> None:
     """The rate of each further step is that of the longer schedule."""
@@ -171,7 +171,7 @@ def test_steps_can_be_raised(
         run_here(life(scores, tmp_path / "out"))
 
 
-def test_a_schedule_that_ended_at_zero_goes_on(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_schedule_that_ended_at_zero_continues(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", steps=4)))
     assert shell("run", config).code == 0
@@ -182,7 +182,7 @@ def test_a_schedule_that_ended_at_zero_goes_on(scores: TrainedCandidates, tmp_pa
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "summary.json"])
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00 not UTF-8", b"", b"[1, 2]\n", b'{"step": "x"}\n3\n'], ids=str)
-def test_what_is_beside_the_state_does_not_stop_a_resume(
+def test_other_files_next_to_the_state_do_not_prevent_a_resume(
     scores: TrainedCandidates, tmp_path: Path, name: str, content: bytes
 ) -> None:
     stopped(scores, tmp_path)
@@ -216,7 +216,7 @@ def test_resume_can_be_refused(scores: TrainedCandidates, tmp_path: Path) -> Non
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_a_crash_before_the_first_save_starts_over(scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_crash_before_the_first_save_restarts(scores: TrainedCandidates, tmp_path: Path) -> None:
     dead = TrainedCandidates(scores.task | {"die_at": 2}, scores.candidates)
     with pytest.raises(RuntimeError, match="gone"):
         run_here(life(dead, tmp_path))
@@ -224,7 +224,7 @@ def test_a_crash_before_the_first_save_starts_over(scores: TrainedCandidates, tm
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_a_line_that_a_crash_cut_short_is_dropped(scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_incomplete_line_is_dropped(scores: TrainedCandidates, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="gone"):
         run_here(life(dying(scores), tmp_path))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -254,7 +254,7 @@ def stopped(trained_candidates: TrainedCandidates, output: Path) -> None:
     ],
     ids=str,
 )
-def test_settings_under_which_the_coefficients_mean_something_else(
+def test_changed_settings_of_the_coefficients_raise(
     scores: TrainedCandidates, tmp_path: Path, changes: dict[str, Any], message: list[str]
 ) -> None:
     stopped(scores, tmp_path)
@@ -291,7 +291,7 @@ def test_a_changed_candidate_is_named(ranks: Pool, mine: TrainedCandidates, tmp_
     assert isinstance(error, StateError) and changed.parent.name in str(error) and "'3.weight'" in str(error)
 
 
-def test_one_candidate_less_or_another_order(mine: TrainedCandidates, tmp_path: Path) -> None:
+def test_removed_or_reordered_candidates(mine: TrainedCandidates, tmp_path: Path) -> None:
     stopped(mine, tmp_path / "out")
     paths = [str(path) for path in sorted(Path(mine.candidates).parent.glob("step-*"))]
     for other in (paths[:2], paths[::-1]):
@@ -312,7 +312,7 @@ def test_export_of_changed_or_missing_candidates(mine: TrainedCandidates, tmp_pa
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
-def test_a_state_that_is_none(scores: TrainedCandidates, tmp_path: Path, content: bytes) -> None:
+def test_none_is_not_a_state(scores: TrainedCandidates, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(StateError, match=r"state\.pt"):
         run_here(life(scores, tmp_path))

@@ -42,7 +42,7 @@ def ended(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> 
     return output
 
 
-def test_everything_promised_is_there(ended: Path) -> None:
+def test_all_outputs_exist(ended: Path) -> None:
     assert sorted(path.name for path in ended.iterdir()) == FILES
     assert sorted(path.name for path in (ended / "average").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "tokenizer.json", "twa_scale.json",
@@ -77,7 +77,7 @@ def test_the_summary_counts_what_was_read(ended: Path, text: TrainedCandidates) 
     assert summary["forward_backward_seconds"] > 0 and summary["cost"]["project"]["seconds"] > 0
 
 
-def test_the_export_is_the_sum_by_hand(ended: Path, text: TrainedCandidates) -> None:
+def test_export_equals_the_weighted_sum(ended: Path, text: TrainedCandidates) -> None:
     exported, expected = load(ended / "average"), by_hand(text.candidates, ended)
     assert exported.keys() == expected.keys()
     for name, value in expected.items():
@@ -85,7 +85,7 @@ def test_the_export_is_the_sum_by_hand(ended: Path, text: TrainedCandidates) -> 
     assert (state_of(ended)["twa"]["coefficients"] - 1 / material.N).abs().max() > 0.02  # the directory has moved
 
 
-def test_the_export_evaluates_as_the_run_said(ended: Path, text: TrainedCandidates) -> None:
+def test_export_has_the_metrics_of_the_run(ended: Path, text: TrainedCandidates) -> None:
     task = build_task(validated(TaskConfig, text.task))
     model, data = task.model(), task.dataset("validation")
     model.load_state_dict(load(ended / "average"))
@@ -274,7 +274,7 @@ def test_fixed_tensors_stay_at_the_center(scores: TrainedCandidates, tmp_path: P
         assert all(torch.equal(actual[name], last[name]) == ("bias" in name) for name in last)
 
 
-def test_from_the_shell_with_overrides(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_run_with_overrides(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out")))
     result = shell("run", config, "steps=2", "optimizer.lr=3e-3", "groups=block")

@@ -63,7 +63,7 @@ def test_a_sweep(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     assert found(tmp_path)["measured"] == 2 and len(found(tmp_path)["tried"]) == 2
 
 
-def test_it_continues_after_a_signal(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_search_continues_after_a_signal(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     task = {"name": "tests.commands.interrupted:scores", "method": "metrics", "call": 9}
     config = written(TrainedCandidates(task, scores.candidates), tmp_path, evaluate_batches=2)
     result = shell("search", config)
@@ -79,7 +79,7 @@ def search_here(path: Path) -> dict[str, Any]:
     return as_launched(lambda: run_search(load_config(path), options))
 
 
-def test_ranks_find_the_same(ranks: Pool, scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_ranks_have_the_same_search_results(ranks: Pool, scores: TrainedCandidates, tmp_path: Path) -> None:
     """Each method starts at the best average so far, and the best of all is exported."""
     (tmp_path / "one").mkdir()
     (first,) = ranks(search_here, 1, path=written(scores, tmp_path / "one", start="best"))
@@ -109,7 +109,7 @@ def test_refused(scores: TrainedCandidates, tmp_path: Path, shell: Any, words: l
     assert not (tmp_path / "out/search/average").exists() and not (tmp_path / "out/search/.lock").exists()
 
 
-def test_a_run_beside_it(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_run_and_search_share_an_output(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """A search writes to its own directory and keeps the files of a run."""
     config = written(scores, tmp_path)
     run_here(json.loads(config.read_text()))

@@ -98,7 +98,7 @@ def test_another_version_is_named(output: Path) -> None:
         assert version[:-1].decode() in refused(output)
 
 
-def test_what_is_no_file(output: Path) -> None:
+def test_missing_files_raise(output: Path) -> None:
     (output / STATE).unlink()
     assert "no run state" in refused(output)
     os.mkfifo(output / STATE)  # reading it would block
@@ -188,7 +188,7 @@ def test_a_state_that_is_not_finite_is_not_saved(output: Path, field: str) -> No
 # The previous state
 
 
-def test_the_state_before_stands_in_for_a_damaged_one(
+def test_previous_state_replaces_a_damaged_one(
     ended: Path, scores: TrainedCandidates, tmp_path: Path, shell: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest, before = load_state(ended), _only(ended / PREVIOUS, tmp_path / "one")
@@ -212,7 +212,7 @@ def _only(path: Path, directory: Path) -> Any:
     return load_state(directory)
 
 
-def test_a_damaged_state_does_not_replace_the_good_one_before(output: Path) -> None:
+def test_damaged_state_does_not_replace_the_previous_one(output: Path) -> None:
     state = load_state(output).model_dump()
     save_state(output, {**state, "step": 1})
     assert load_state(output).step == 1 and _only(output / PREVIOUS, output / "one").step == state["step"]

@@ -97,13 +97,13 @@ def test_alone(scores: TrainedCandidates, tmp_path: Path) -> None:
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_signal_during_the_final_export_is_too_late(scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_signal_during_the_final_export_is_ignored(scores: TrainedCandidates, tmp_path: Path) -> None:
     evaluations = STEPS // 2 + 1  # of two batches each
     run_here(life(scores, tmp_path, {"method": "metrics", "call": 2 * evaluations}))
     assert (tmp_path / "average").exists()
 
 
-def test_signals_are_given_back_after_an_error() -> None:
+def test_signal_handlers_are_restored_after_an_error() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     stop = Stop()
     with pytest.raises(KeyError), stop.on_signals():
@@ -127,7 +127,7 @@ def test_a_thread_leaves_the_signals_alone() -> None:
     assert seen == before
 
 
-def test_what_another_run_left_is_not_continued(scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_output_of_another_run_is_not_continued(scores: TrainedCandidates, tmp_path: Path) -> None:
     """A run with `resume: false` that is stopped before its first save leaves nothing to continue from."""
     run_here(life(scores, tmp_path, seed=1))
     with pytest.raises(RuntimeError, match="gone"):

@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_blocks_of_a_page_run(page: Path, folder: Path) -> None:
+def test_blocks_of_a_page_run(page: Path, folder: Path) -> None:
     names = material.names()
     for block in blocks_of(page):
         if block.language not in CHECKED or block.kind in ("not run", "run by"):

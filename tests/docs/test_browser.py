@@ -17,7 +17,7 @@ def test_pages_fit_at_three_widths(site: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-def test_a_line_that_does_not_fit_is_found(site: Path, tmp_path: Path) -> None:
+def test_long_line_is_found(site: Path, tmp_path: Path) -> None:
     assets = (site / "assets").as_uri()
     page = (site / "reference/glossary/index.html").read_text().replace("../../assets", assets)
     wide = f"<pre><code>{'x' * 200}</code></pre></article>"

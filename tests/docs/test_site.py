@@ -44,7 +44,7 @@ def test_every_link_leads_to_a_page_and_an_anchor(pages: dict[Path, Page]) -> No
     assert dead == []
 
 
-def test_nothing_is_swallowed_as_a_tag(pages: dict[Path, Page]) -> None:
+def test_text_is_not_parsed_as_tags(pages: dict[Path, Page]) -> None:
     unknown = {str(path): actual for path, page in pages.items() if (actual := page.tags - KNOWN_TAGS)}
     assert unknown == {}
 
@@ -87,7 +87,7 @@ def _leaves(entry: Any) -> Any:
             yield from _leaves(inner)
 
 
-def test_links_of_the_files_beside_the_site() -> None:
+def test_links_of_files_outside_the_site() -> None:
     dead = []
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / name).read_text()
@@ -104,7 +104,7 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", head).strip().lower()) for head in heads}
 
 
-def test_pictures_are_those_that_their_script_draws() -> None:
+def test_pictures_equal_those_of_their_script() -> None:
     names: dict[str, Any] = {"__name__": "pictures", "__file__": str(ROOT / "docs/tools/pictures.py")}
     exec(compile((ROOT / "docs/tools/pictures.py").read_text(), "pictures.py", "exec"), names)
     for name, draw in names["PICTURES"].items():

@@ -110,7 +110,7 @@ def test_fsdp2_in_bfloat16(nccl: None) -> None:
     check(train(shard(build().cuda(), policy), "cuda", torch.bfloat16), 3e-2)
 
 
-def test_what_is_exported(nccl: None, tmp_path: Path) -> None:
+def test_exported_files(nccl: None, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     model = shard(build().cuda())

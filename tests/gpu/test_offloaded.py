@@ -70,7 +70,7 @@ def seconds(work: Callable[[], object], times: int = 5) -> float:
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("late", [False, True])
-def test_the_same_as_beside_the_weights(name: Any, kernels: Any, late: bool) -> None:
+def test_stores_in_host_memory_equal_those_on_the_gpu(name: Any, kernels: Any, late: bool) -> None:
     """The GPU may be far behind the host and use several streams. No buffer is filled before it was read."""
     spans = [Span(str(i), i, i + m) for i, m in enumerate((3, 600_000, 0, 900, 1_000_003))]
     store, resident = filled(TwaConfig(store=name, kernels=kernels), spans, 1 << 19)
@@ -103,7 +103,7 @@ def test_the_same_as_beside_the_weights(name: Any, kernels: Any, late: bool) -> 
 
 
 @pytest.mark.parametrize("operation", ["project", "combine"])
-def test_the_host_waits_for_nothing(operation: str) -> None:
+def test_host_does_not_wait(operation: str) -> None:
     span = Span("w", 0, 4_000_000)
     store, _ = filled(TwaConfig(store="packed4"), [span], 1 << 20)
     gradient, weights, out = (torch.randn(m, device="cuda") for m in (len(span), N, len(span)))
@@ -174,7 +174,7 @@ def test_the_gpu_holds_only_buffers() -> None:
 
 
 @pytest.mark.parametrize("name", ["dense16", "packed4"])
-def test_copies_at_the_speed_of_the_bus_and_beside_other_work(name: Any) -> None:
+def test_copies_have_the_speed_of_the_bus_and_overlap(name: Any) -> None:
     """`project` and `combine` take the time of the copies. On a stream of its own the time of `project` is hidden by
     backward.
 
@@ -244,7 +244,7 @@ def blocks() -> nn.Module:
 
 
 @pytest.mark.parametrize("store_device", ["cpu", "auto"])
-def test_combining_beside_the_forward_pass_changes_no_bit(nccl: None, store_device: str) -> None:
+def test_combining_during_the_forward_pass_changes_no_bit(nccl: None, store_device: str) -> None:
     """Losses and weights are the same if the GPU is late. `pytest -s` prints the time of a step on an idle GPU."""
     generator = torch.Generator().manual_seed(1)
     bases = [(0.02 * torch.randn(2048, 2048, generator=generator), torch.zeros(2048)) for _ in range(8)]
@@ -288,7 +288,7 @@ def test_combining_beside_the_forward_pass_changes_no_bit(nccl: None, store_devi
     assert all(torch.equal(actual[1][name], value) for name, value in expected[1].items())
 
 
-def test_the_host_waits_for_no_unit(nccl: None) -> None:
+def test_host_does_not_wait_for_units(nccl: None) -> None:
     model = blocks()
     states = [{name: torch.full(p.shape, float(i)) for name, p in model.named_parameters()} for i in range(4)]
     twa = twa_scale.attach(model, states, {"store": "dense16", "store_device": "cpu", "combine": "forward"})

@@ -41,7 +41,7 @@ def test_a_loop_keeps_averages(tmp_path: Path, by_hand: dict[str, Any]) -> None:
     require_results(results("plain", tmp_path), by_hand, 0.0)
 
 
-def test_what_would_count_wrongly_is_refused(tmp_path: Path) -> None:
+def test_arguments_that_count_steps_wrongly_raise(tmp_path: Path) -> None:
     first = Training("plain")
     averages = prepare(first.accelerator, first.model, ema=[DECAY], window=WINDOW)
     with pytest.raises(TwaError, match="counts the steps of the optimizer itself"):
@@ -63,7 +63,7 @@ def test_what_would_count_wrongly_is_refused(tmp_path: Path) -> None:
         prepare(first.accelerator, second, ema=[0.9], name="b")
 
 
-def test_a_closed_average_is_not_saved(tmp_path: Path) -> None:
+def test_closed_average_is_not_saved(tmp_path: Path) -> None:
     first = Training("plain")
     averages = prepare(first.accelerator, first.model, window=WINDOW)
     first.epoch()
@@ -95,7 +95,7 @@ def test_rows_are_in_the_state_where_each_node_saves(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*_rows"))
 
 
-def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = Training("plain")
     names = {

@@ -35,5 +35,5 @@ def learn_from_uneven_data() -> str:
     return ""
 
 
-def test_all_ranks_are_told_that_the_batches_of_one_have_ended(ranks: Pool) -> None:
+def test_all_ranks_raise_if_one_has_no_batches_left(ranks: Pool) -> None:
     assert all("yields no more batches" in messages for messages in ranks(learn_from_uneven_data, 2))

@@ -43,7 +43,7 @@ def test_damage_is_an_error_that_names_the_file(zipped: bool, tmp_path: Path) ->
     assert refused > len(ends) - 3  # padding at the end may be missing
 
 
-def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
+def test_invalid_states_raise(tmp_path: Path) -> None:
     path = tmp_path / STATE
     assert read_state(path) is None
     states = [network(seed).state_dict() for seed in range(3)]
@@ -66,7 +66,7 @@ def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
         read_state(path)
 
 
-def test_what_is_no_state_names_no_rows(tmp_path: Path) -> None:
+def test_invalid_states_name_no_rows(tmp_path: Path) -> None:
     kept, other, foreign = (tmp_path / name for name in ("state.rows-00000000", "state.rows-11111111", "state.rows-x"))
     for directory in (kept, other, foreign):
         directory.mkdir()

@@ -161,7 +161,7 @@ def loss_with(weights: Weights) -> float:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_other_ranks_is_refused_and_one_without_averages_begins_anew(tmp_path: Path) -> None:
+def test_checkpoint_of_other_ranks_raises_and_one_without_averages_restarts(tmp_path: Path) -> None:
     fit("automatic", tmp_path)
     path = tmp_path / f"step={HALF}.ckpt"
     stored = torch.load(path, weights_only=True)
@@ -225,7 +225,7 @@ class Fail(pl.Callback):
 
 
 @pytest.mark.slow
-def test_an_error_in_a_validation_gives_the_trained_weights_back(tmp_path: Path) -> None:
+def test_error_in_a_validation_restores_the_trained_weights(tmp_path: Path) -> None:
     module, callback, fail = Module(), TwaCallback(ema=[DECAY]), Fail()
     trainer = trainer_with("automatic", tmp_path, callback, fail)
     with pytest.raises(RuntimeError, match="in a validation"):
@@ -238,7 +238,7 @@ def test_an_error_in_a_validation_gives_the_trained_weights_back(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+def test_example_of_the_documentation_runs(tmp_path: Path) -> None:
     names = {
         "Trainer": partial(pl.Trainer, logger=False, default_root_dir=tmp_path),
         "module": Module(),
@@ -249,14 +249,14 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_window_that_is_too_long_for_the_training_is_reported_at_its_start(tmp_path: Path) -> None:
+def test_window_longer_than_the_training_is_reported_at_the_start(tmp_path: Path) -> None:
     callback = TwaCallback(ema=[DECAY], window={"every": STEPS + 1, "keep": 2})
     with pytest.warns(TwaWarning, match=f"ends at step {STEPS}.*has 0 snapshots.*no average of it") as caught:
         trainer_with("automatic", tmp_path, callback).fit(Module(), data())
     assert [warning.filename for warning in caught if warning.category is TwaWarning] == [__file__]
 
 
-def test_what_a_trainer_must_not_have_is_refused(tmp_path: Path) -> None:
+def test_unsupported_trainer_settings_raise(tmp_path: Path) -> None:
     """Refused: two averaging callbacks, a callback of another trainer, and learning without a loss."""
     averaging = TwaCallback(ema=[DECAY])
     learning = TwaCallback(window=WINDOW, learn=LEARN, learn_steps=3)

@@ -141,7 +141,7 @@ def test_an_average_with_rows_is_the_optimizer_of_a_trainer_on_two_ranks(directo
 
 
 @pytest.mark.slow
-def test_a_checkpoint_without_averages_begins_them_anew(tmp_path: Path) -> None:
+def test_checkpoint_without_averages_restarts_them(tmp_path: Path) -> None:
     trainer = train("plain", tmp_path)
     for path in tmp_path.glob(f"checkpoint-{HALF}/averages-*"):
         path.unlink()
@@ -283,7 +283,7 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_trainer_reports_what_a_user_may_not_expect(tmp_path: Path) -> None:
+def test_trainer_reports_unexpected_settings(tmp_path: Path) -> None:
     """Reported: a short window, the weights of the best checkpoint, and a checkpoint without averages."""
 
     class Forget(TrainerCallback):
@@ -333,7 +333,7 @@ def test_adapters_of_peft_are_averaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+def test_example_of_the_documentation_runs(tmp_path: Path) -> None:
     options = {"max_steps": STEPS, "logging_steps": 0.5, "report_to": [], "use_cpu": True, "disable_tqdm": True}
     args = TrainingArguments(str(tmp_path), **options)
     names = {"Trainer": Trainer, "args": args, "model": build(0), "train": Texts(), "validation": Texts()}
@@ -362,7 +362,7 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
         ({"window": {"every": 1, "keep": 2}, "learn": {"group": "block"}, "learn_steps": 3}, "groups"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+def test_contradictory_settings_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TwaCallback(**options)
 

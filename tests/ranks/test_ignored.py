@@ -39,7 +39,7 @@ def coefficients(ddp: bool) -> Tensor:
     return twa.coefficients
 
 
-def test_its_gradient_is_averaged(ranks: Pool) -> None:
+def test_gradient_of_an_ignored_parameter_is_averaged(ranks: Pool) -> None:
     first, second = ranks(coefficients, 2, ddp=True)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, coefficients(ddp=False), rtol=1e-5, atol=1e-6)

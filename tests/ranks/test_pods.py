@@ -194,7 +194,7 @@ def scaled_steps(scales: list[float]) -> dict[str, Tensor]:
     return cases.gathered(model)
 
 
-def test_loss_scales_and_skipped_steps_leave_errors_of_rounding_as_they_are(ranks: Pool) -> None:
+def test_loss_scales_and_skipped_steps_keep_rounding_errors(ranks: Pool) -> None:
     expected = ranks(scaled_steps, 4, scales=[1.0] * 4)[0]
     for weights in ranks(scaled_steps, 4, scales=[1.0, 256.0, torch.inf, 4.0, torch.inf, 1024.0]):
         assert all(torch.equal(weights[name], value) for name, value in expected.items())

@@ -48,20 +48,20 @@ def test_an_error_of_every_rank_is_itself(ranks: Pool) -> None:
     assert isinstance(ranks.error(refuse, 3), CandidateError)
 
 
-def test_an_error_of_one_rank_is_told(ranks: Pool) -> None:
+def test_error_of_one_rank_is_reported(ranks: Pool) -> None:
     with pytest.raises(RanksDisagree, match=r"rank 1 raised CandidateError.*ranks 0, 2 did not"):
         ranks(refuse, 3, rank=1)
     with pytest.raises(RanksDisagree, match="rank 1 raised CandidateError"):
         ranks(wait_for_one_that_raises, 3, rank=1)
 
 
-def test_a_hang_is_killed_with_its_stack_and_the_pool_lives_on(ranks: Pool) -> None:
+def test_hanging_rank_is_killed_and_the_pool_remains_usable(ranks: Pool) -> None:
     with pytest.raises(RanksHang, match="never_meet"):
         ranks(never_meet, 2, timeout=1.0)
     assert len(ranks(total, 2, value=1.0)) == 2
 
 
-def test_a_rank_that_dies_is_told(ranks: Pool) -> None:
+def test_dead_rank_is_reported(ranks: Pool) -> None:
     with pytest.raises(RanksHang, match="exit code 3"):
         ranks(die, 2)
     assert len(ranks(total, 2, value=1.0)) == 2

@@ -224,7 +224,7 @@ def attach_where_one_rank_sees_no_file(engine: str, paths: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_only_one_rank_cannot_read_stops_all(ranks: Pool, tmp_path: Path, engine: str) -> None:
+def test_read_error_of_one_rank_is_raised_on_all(ranks: Pool, tmp_path: Path, engine: str) -> None:
     paths = save(tmp_path, models.candidates())
     error = ranks.error(attach_where_one_rank_sees_no_file, 3, engine=engine, paths=paths)
     assert isinstance(error, CandidateError) and "elsewhere" in str(error)
@@ -272,7 +272,7 @@ def test_two_identical_candidates_work_with_a_warning_that_names_both(ranks: Poo
     assert all(finite for _, finite in results)
 
 
-def test_all_candidates_the_same_is_said_or_refused(tmp_path: Path) -> None:
+def test_identical_candidates_are_reported_or_refused(tmp_path: Path) -> None:
     paths = save(tmp_path, models.candidates()[:1] * 2)
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -254,7 +254,7 @@ def test_ranks_that_show_different_weights_are_refused(ranks: Pool) -> None:
     assert (messages, kept) == other and kept and "weights(which): rank 1 has 'last'" in messages
 
 
-def test_what_is_refused_inside_or_belongs_to_the_trained_weights() -> None:
+def test_refused_calls_inside_weights() -> None:
     model, twa = cases.attach("plain", Run({}))
     cases.one_step(model, twa, 0)
     state = twa.state_dict()

@@ -334,7 +334,7 @@ def load_where_one_rank_differs(directory: Path) -> list[str]:
     ]
 
 
-def test_rows_that_one_rank_sees_otherwise_are_refused_on_all(ranks: Pool, tmp_path: Path) -> None:
+def test_rows_that_differ_on_one_rank_raise_on_all(ranks: Pool, tmp_path: Path) -> None:
     first, second = ranks(load_where_one_rank_differs, 2, directory=tmp_path)
     assert first == second
     for messages, wanted in zip(

@@ -261,7 +261,7 @@ SCALED = [
     ("engine", "scaler"),
     rest_slow(SCALED, lambda engine, scaler: (scaler == "GradScaler" and engine != "fsdp2-tp") or engine == "fsdp2"),
 )
-def test_scaled_losses_train_alike_and_an_overflow_is_left_out(
+def test_scaled_losses_give_the_same_weights_and_skip_overflows(
     ranks: Pool, not_scaled: Callable[[str], tuple[dict[str, Tensor], Tensor]], engine: str, scaler: str
 ) -> None:
     """This includes clipping, which has to come after unscaling."""

@@ -100,7 +100,7 @@ def step_of_a_run(data: dict[str, Any], store: str) -> list[Call]:
 
 
 @pytest.mark.parametrize(("engine", "rows"), [("fsdp2", None), ("ddp", None), ("fsdp2", "float32"), ("fsdp2", "int8")])
-def test_a_run_sends_what_plan_says(ranks: Pool, tmp_path: Path, engine: str, rows: str | None) -> None:
+def test_sent_bytes_equal_those_of_plan(ranks: Pool, tmp_path: Path, engine: str, rows: str | None) -> None:
     task = {"name": "causal_lm", "model": {"byte_gpt": SIZES.model_dump()}, "context": CONTEXT}
     task["text"] = {"train": [__file__], "validation": [traffic.__file__]}
     candidates = train_candidates(task, tmp_path / "candidates", steps=3, every=1)

@@ -44,7 +44,7 @@ print(json.dumps({"loaded": loaded, "peak": status("VmHWM") - before, "store": t
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_packed4_takes_less_than_256_mib_beside_the_store(tmp_path: Path) -> None:
+def test_packed4_needs_less_than_256_mib_besides_the_store(tmp_path: Path) -> None:
     """Two buffers, some rows and the overhead of allocators. With compiled kernels it is below the limit, too.
 
     Library files that are mapped are left out: ranks of a node share them.

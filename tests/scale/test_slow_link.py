@@ -61,7 +61,7 @@ with two_hosts() as hosts:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
-def test_nothing_is_left_of_hosts_after_an_error() -> None:
+def test_hosts_are_removed_after_an_error() -> None:
     before = namespaces()
     environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
     ended = subprocess.run([sys.executable, "-c", FAILS], env=environment, capture_output=True, text=True)

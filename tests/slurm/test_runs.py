@@ -84,7 +84,7 @@ def test_both_nodes_make_one_run(
     ("engine", "mode"),
     [(engine, mode) for engine in ENGINES for mode in DISTURBED if engine == "fsdp2" or mode == "signal"],
 )
-def test_a_run_that_had_to_stop_ends_with_the_same_bits(
+def test_stopped_run_ends_with_the_same_bits(
     slurm: Cluster,
     submit: Callable[..., Job],
     whole: Callable[[str], Path],

@@ -37,7 +37,7 @@ def start(submit: Callable[..., Job], tmp_path: Path) -> Callable[..., Job]:
 
 
 @pytest.mark.parametrize("deaf", ["", pytest.param("1", marks=pytest.mark.slow)])
-def test_what_was_stopped_goes_on(slurm: Cluster, start: Callable[..., Job], deaf: str) -> None:
+def test_stopped_runs_continue(slurm: Cluster, start: Callable[..., Job], deaf: str) -> None:
     job = start("groups=block", "center=[0.5, 0.5]", DEAF=deaf)
     slurm.call("scancel", "--signal=USR1", "--batch", job.number)
     assert job.wait("COMPLETED")["Restarts"] == "1"
@@ -46,7 +46,7 @@ def test_what_was_stopped_goes_on(slurm: Cluster, start: Callable[..., Job], dea
     assert messages <= set(job.said().splitlines()), job.said()
 
 
-def test_what_is_cancelled_stays_cancelled(slurm: Cluster, start: Callable[..., Job]) -> None:
+def test_cancelled_jobs_are_not_requeued(slurm: Cluster, start: Callable[..., Job]) -> None:
     job = start()
     slurm.call("scancel", job.number)
     job.until(lambda: job.said().count("exit code 75") == 2)  # although the ranks have saved
@@ -55,12 +55,12 @@ def test_what_is_cancelled_stays_cancelled(slurm: Cluster, start: Callable[..., 
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_a_failure_is_not_tried_again(start: Callable[..., Job], code: int) -> None:
+def test_failed_call_is_not_repeated(start: Callable[..., Job], code: int) -> None:
     facts = start(FAIL=str(code)).wait()
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", f"{code}:0", "0")
 
 
-def test_a_job_that_may_not_be_requeued_says_so(slurm: Cluster, start: Callable[..., Job]) -> None:
+def test_job_that_may_not_be_requeued_is_reported(slurm: Cluster, start: Callable[..., Job]) -> None:
     job = start(options=("--no-requeue",))
     slurm.call("scancel", "--signal=USR1", "--batch", job.number)
     assert job.wait()["ExitCode"] == "75:0" and "submit it again to continue" in job.said()

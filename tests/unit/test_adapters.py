@@ -174,7 +174,7 @@ def test_slices_of_concatenated_factors(mixed: list[str]) -> None:
         ([LoHaConfig(target_modules=["lm_head"])] * 2, "LOHA adapters have no product"),
     ],
 )
-def test_what_has_no_products(settings: list[Any], rule: str, tmp_path: Path) -> None:
+def test_candidates_without_products(settings: list[Any], rule: str, tmp_path: Path) -> None:
     models = [adapted(seed=i, **s) if isinstance(s, dict) else adapted(s, seed=i) for i, s in enumerate(settings)]
     paths = [save(model, tmp_path / f"{i}") for i, model in enumerate(models)]
     with pytest.raises(TwaError, match=rf"{rule}.*--space factors"):
@@ -213,7 +213,7 @@ def test_an_adapter_is_not_averaged_with_a_model(alike: list[str], tmp_path: Pat
         (None, "is not JSON"),
     ],
 )
-def test_configurations_that_mean_nothing(
+def test_invalid_configurations_raise(
     changed: Mapping[str, Any] | None, rule: str, alike: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "odd"
@@ -359,7 +359,7 @@ class Two(nn.Module):
         return y * self.scale * self.codes
 
 
-def test_missing_tensors_keep_their_value_where_that_is_asked(tmp_path: Path) -> None:
+def test_missing_tensors_keep_their_value_if_requested(tmp_path: Path) -> None:
     model = Two()
     states = [{f"body.{k}": v.detach().clone() for k, v in nn.Linear(3, 3).named_parameters()} for _ in range(2)]
     with pytest.raises(TwaError, match=r"'codes' of the model is missing.*'head.weight'.*`missing: keep`"):

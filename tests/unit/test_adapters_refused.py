@@ -54,7 +54,7 @@ def test_patterns_have_the_names_of_parameters(tmp_path: Path) -> None:
         average_fixed([first, second], tmp_path / "product", space="product")
 
 
-def test_patterns_that_tell_parameters_of_one_module_apart(tmp_path: Path) -> None:
+def test_patterns_that_distinguish_parameters_of_one_module(tmp_path: Path) -> None:
     """Files do not contain which factors belong to which parameter. Equal settings need no scalings."""
     pattern = {"mlp.experts.gate_up_proj": 32}
     paths = [expert_adapter(i, tmp_path / f"{i}", **BOTH, alpha_pattern=pattern) for i in range(2)]
@@ -104,7 +104,7 @@ def test_settings_that_change_the_meaning(
         average_fixed(paths, tmp_path / "out", space="factors")
 
 
-def test_settings_that_are_off_are_no_difference(alike: list[str], tmp_path: Path) -> None:
+def test_disabled_settings_are_not_differences(alike: list[str], tmp_path: Path) -> None:
     """Older versions of PEFT do not write all settings. Lists of names may have any order."""
     first = changed(alike[0], tmp_path / "a", use_dora=None, layer_replication=[], target_parameters=["a.b", "c.d"])
     second = changed(alike[1], tmp_path / "b", target_parameters=["c.d", "a.b"])

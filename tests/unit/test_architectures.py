@@ -135,7 +135,7 @@ class Twice(ConversionOps):
         return {name: tensors[0] * 2 for name, tensors in input_dict.items()}
 
 
-def test_a_conversion_that_computes_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_conversion_that_computes_raises_with_a_fix(tmp_path: Path) -> None:
     rule = WeightConverter("half_norm.weight", "model.norm.weight", [Twice()])
     register_checkpoint_conversion_mapping("Doubled", [rule], overwrite=True)
     (llama,) = (item for item in ARCHITECTURES if item.model == "LlamaForCausalLM")
@@ -149,7 +149,7 @@ def test_a_conversion_that_computes_is_refused_with_the_way_out(tmp_path: Path) 
         twa_scale.attach(model, paths)
 
 
-def test_the_documentation_lists_what_is_tried() -> None:
+def test_documentation_lists_tested_architectures() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md").read_text()
     rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")][2:]
     assert [(kind.strip(), model.strip(" `")) for kind, model in rows] == [
@@ -157,7 +157,7 @@ def test_the_documentation_lists_what_is_tried() -> None:
     ]
 
 
-def test_what_was_learned_from_a_window_has_the_form_of_its_snapshots(tmp_path: Path) -> None:
+def test_averages_learned_from_a_window_have_the_format_of_its_snapshots(tmp_path: Path) -> None:
     (architecture,) = (item for item in ARCHITECTURES if item.model == "MixtralForCausalLM")
     model = built(architecture, 0)
     running = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2})

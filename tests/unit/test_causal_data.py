@@ -205,7 +205,7 @@ def test_splits_of_a_saved_dataset_dict(tmp_path: Path) -> None:
         causal_lm(text={"train": str(tmp_path / "all")})
 
 
-def test_plain_text_stays_plain_unless_a_key_is_set(tmp_path: Path) -> None:
+def test_text_files_are_text_unless_a_key_is_set(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.json", {"text": ["abcdefgh"]})
     plain = causal_lm(text={"train": str(tmp_path)}, context=7).dataset("train")
     assert bytes(tokens_of(plain)[0]) == b'{"text":'
@@ -222,7 +222,7 @@ def test_texts_are_tokenized_with_their_ends(tmp_path: Path, model: Callable[[st
     assert data[0]["labels"].tolist() == [*tokens[1:3], -100, tokens[4], -100, *tokens[6:]]
 
 
-def test_texts_begin_as_the_tokenizer_begins_them(tmp_path: Path, model: Callable[..., str]) -> None:
+def test_texts_begin_with_the_tokens_of_the_tokenizer(tmp_path: Path, model: Callable[..., str]) -> None:
     write_jsonl(tmp_path / "a.jsonl", {"text": ["ab", "c"]})
     options = {"text": {"train": str(tmp_path)}, "context": 3, "documents": "padded"}
     data = causal_lm(model=model(None, begins=True), **options).dataset("train")
@@ -356,7 +356,7 @@ def test_answers_of_chats_are_predicted(
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, SYSTEM, MARKED])
-def test_what_stands_before_a_first_answer_is_not_predicted(
+def test_tokens_before_the_first_answer_are_not_predicted(
     tmp_path: Path, model: Callable[[str | None], str], template: str
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"messages": [CHAT[1:]]})

@@ -43,7 +43,7 @@ def said(*directories: Path) -> list[str]:
         ("vocab__txt", "a\nb\n", "b\na\n", "its tokens"),
     ],
 )
-def test_differences_are_said(tmp_path: Path, name: str, first: Any, last: Any, reason: str) -> None:
+def test_differences_are_reported(tmp_path: Path, name: str, first: Any, last: Any, reason: str) -> None:
     paths = [candidate(tmp_path / f"{i}", **{name: content}) for i, content in enumerate([first, first, last])]
     (line,) = said(*paths)
     file = name.replace("__", ".")
@@ -66,7 +66,7 @@ def test_differences_are_said(tmp_path: Path, name: str, first: Any, last: Any, 
         ("trainer_state__json", {"step": 1}, {"step": 2}),
     ],
 )
-def test_what_says_nothing_of_the_weights(tmp_path: Path, name: str, first: Any, last: Any) -> None:
+def test_irrelevant_differences_are_not_reported(tmp_path: Path, name: str, first: Any, last: Any) -> None:
     paths = [candidate(tmp_path / f"{i}", **{name: content}) for i, content in enumerate([first, last])]
     assert not said(*paths)
 

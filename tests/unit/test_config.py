@@ -78,7 +78,7 @@ def test_a_config_is_frozen(tmp_path: Path) -> None:
         ({"center": {}}, "center: Input should be a valid string or a valid integer or a valid list [(]got {}[)]"),
     ],
 )
-def test_a_value_of_no_branch_of_a_union_is_one_message(settings: dict[str, Any], message: str) -> None:
+def test_invalid_value_of_a_union_is_one_message(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validated(TwaConfig, settings)
     assert re.fullmatch(f"config: {message}", str(caught.value)), caught.value
@@ -101,7 +101,7 @@ UNTYPED: Any = TwaConfig  # calls that the type checker refuses
         (lambda: RunConfig(candidates="a"), "RunConfig: task: Field required"),  # type: ignore[call-arg]
     ],
 )
-def test_a_mistake_in_python_is_a_configuration_error(make: Callable[[], object], message: str) -> None:
+def test_invalid_arguments_raise_config_error(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -219,7 +219,7 @@ def test_a_wrong_override_is_named(tmp_path: Path, overrides: list[str], message
     assert message in refusal(tmp_path, *overrides)
 
 
-def test_a_wrong_file_is_named_beside_a_wrong_override(tmp_path: Path) -> None:
+def test_errors_of_file_and_override_are_both_named(tmp_path: Path) -> None:
     text = refusal(tmp_path, "optimizer.lr=fast", basis="nrmalized")
     assert f"{write(tmp_path, {})}: basis: " in text and "override 'optimizer.lr=fast': optimizer.lr: " in text
 
@@ -319,7 +319,7 @@ def test_unknown_key_lists_known_keys(tmp_path: Path) -> None:
         ({"buffers": -2}, ["buffers", "-2", "`last`"]),
     ],
 )
-def test_wrong_values_are_named_with_what_is_right(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+def test_invalid_values_are_named_with_valid_ones(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
     message = refusal(tmp_path, **changes)
     assert all(word in message for word in words), message
 
@@ -360,7 +360,7 @@ def test_validated_accepts_arguments_of_attach() -> None:
         ("a.json", '{"steps": 3, "optimizer": {"lr": 1, "lr": 1}}', ["'lr' is given twice"]),
     ],
 )
-def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, name: str, text: str, words: list[str]) -> None:
+def test_repeated_key_raises(tmp_path: Path, name: str, text: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text, name))
     assert all(word in str(caught.value) for word in (name, *words)), caught.value
@@ -376,7 +376,7 @@ def test_keys_of_an_anchor_may_be_replaced(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, yaml.safe_dump(data) + text)).task.model_dump() == task
 
 
-def test_whole_floats_are_integers_and_tuples_are_lists() -> None:
+def test_integral_floats_are_integers_and_tuples_are_lists() -> None:
     config = validated(RunConfig, MINIMAL | {"steps": 1e3, "read_chunk": 8192.0, "center": (0.5, 0.5)})
     assert (config.steps, config.read_chunk, config.center) == (1000, 8192, [0.5, 0.5])
 

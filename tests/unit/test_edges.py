@@ -350,7 +350,7 @@ def test_sparse_gradients_are_those_of_dense_ones() -> None:
     assert torch.equal(trained(sparse=True), trained(sparse=False))
 
 
-def test_a_default_device_of_the_user_does_not_count() -> None:
+def test_default_device_is_not_used() -> None:
     net, states = model(), candidates()
     expected = after_one_step(model())
     with torch.device("meta"):

@@ -98,7 +98,7 @@ def test_tensors_that_disagree_about_the_number_of_experts_are_reported() -> Non
         twa_scale.attach(model, [model.state_dict()] * 2, {"groups": "expert"})
 
 
-def test_a_line_says_what_has_coefficients_of_its_own() -> None:
+def test_message_lists_tensors_with_their_own_coefficients() -> None:
     text = (
         r"groups: expert: 8 experts in 2 layers \('blocks.0.experts', 'blocks.1.experts'\) have coefficients of their "
         r"own; the other 6 tensors \('blocks.0.router.weight', .* have the coefficients of their block"

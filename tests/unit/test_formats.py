@@ -346,7 +346,7 @@ def test_sharded_torch_files(working_directory: Path) -> None:
     assert read(opened(Path("out")), "b", 0, 4).tolist() == [2.0] * 4
 
 
-def test_files_beside_the_weights(working_directory: Path) -> None:
+def test_files_next_to_the_weights(working_directory: Path) -> None:
     for value in (1.0, 3.0):
         folder = working_directory / f"checkpoint-{value:.0f}"
         write_hf(folder, value)
@@ -377,7 +377,7 @@ def test_files_beside_the_weights(working_directory: Path) -> None:
         average_fixed(["checkpoint-*"], "out", format="same", overwrite=True)
 
 
-def test_a_tensor_that_the_files_name_otherwise(working_directory: Path) -> None:
+def test_tensor_with_another_name_in_files(working_directory: Path) -> None:
     for value in (1.0, 3.0):
         torch.save({"ema.w": torch.full((2,), value)}, f"{value}-00001-of-00002.bin")
         torch.save({"w": torch.zeros(2)}, f"{value}-00002-of-00002.bin")
@@ -412,7 +412,7 @@ def limited(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["pt", "dcp", "same"])
-def test_a_disk_that_is_full_leaves_nothing(working_directory: Path, form: str) -> None:
+def test_full_disk_leaves_no_files(working_directory: Path, form: str) -> None:
     for value, name in ((1.0, "a.pt"), (3.0, "b.pt")):
         torch.save(big(value), name)
     with pytest.raises(OutputError, match="ulimit -f"):
@@ -421,7 +421,7 @@ def test_a_disk_that_is_full_leaves_nothing(working_directory: Path, form: str) 
 
 
 @pytest.mark.parametrize(("form", "name"), [("pt", "skip_data"), ("dcp", "_StorageInfo")])
-def test_a_torch_without_what_is_needed(
+def test_torch_without_required_attributes(
     working_directory: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str
 ) -> None:
     torch.save(state(1.0), "a.pt")
@@ -513,7 +513,7 @@ def test_further_weights_that_training_would_resume_from(
     average_fixed(["step-1"], "out")
 
 
-def test_what_is_kept_of_the_optimizer_is_said(working_directory: Path) -> None:
+def test_kept_optimizer_state_is_reported(working_directory: Path) -> None:
     write_hf(working_directory / "step-1", 1.0)
     kept = {0: {"z": torch.ones(3), "exp_avg_sq": torch.ones(3)}, 1: {"slow_buffer": torch.ones(2)}}
     torch.save({"state": kept}, "step-1/optimizer.pt")

@@ -97,7 +97,7 @@ class Launched:
 
 
 @pytest.mark.parametrize(("start", "elements"), [(0, 4096), (0, 5000), (37, 5000), (37, 20), (0, 1)])
-def test_launches_are_what_is_counted(monkeypatch: pytest.MonkeyPatch, start: int, elements: int) -> None:
+def test_counted_launches_equal_real_launches(monkeypatch: pytest.MonkeyPatch, start: int, elements: int) -> None:
     kernels = {name: Launched() for name in ("_project_packed", "_combine_packed")}
     for name, kernel in kernels.items():
         monkeypatch.setattr(fused, name, kernel)

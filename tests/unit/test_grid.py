@@ -28,5 +28,5 @@ def test_cases_that_are_not_kept_are_slow() -> None:
             rest_slow(cases, kept)
 
 
-def test_a_case_without_a_partner_is_kept() -> None:
+def test_case_that_covers_no_pair_is_kept() -> None:
     assert covering([["a", "b", "c"], ["a", "b"], ["a", "d"]]) == {0, 2}

@@ -98,7 +98,7 @@ def test_imports_run_one_way() -> None:
     assert [message for module in MODULES for message in violations(module, MODULES, ORDER)] == []
 
 
-def test_no_package_imports_in_circles() -> None:
+def test_packages_have_no_import_cycles() -> None:
     assert not circle(MODULES)
 
 
@@ -152,7 +152,7 @@ for module in ("errors", "config", "cli"):
         ("other.py", "", ["no place in the import order"]),
     ],
 )
-def test_the_rule_itself(tmp_path: Path, file: str, text: str, actual: list[str]) -> None:
+def test_refusal_to_replace_foreign_files(tmp_path: Path, file: str, text: str, actual: list[str]) -> None:
     demo = tmp_path / "demo"
     (demo / "wide").mkdir(parents=True)
     for name in ("__init__.py", "low.py", "wide/__init__.py", "wide/inner.py", "wide/other.py", "high.py"):
@@ -165,7 +165,7 @@ def test_the_rule_itself(tmp_path: Path, file: str, text: str, actual: list[str]
     assert all(part in message for part, message in zip(actual, messages, strict=True))
 
 
-def test_a_circle_is_found(tmp_path: Path) -> None:
+def test_import_cycles_are_found(tmp_path: Path) -> None:
     demo = tmp_path / "demo"
     demo.mkdir()
     (demo / "one.py").write_text("import demo.two\n")

@@ -57,19 +57,19 @@ def is_last(values: dict[str, torch.Tensor], prefix: str = "") -> bool:
 
 
 @pytest.mark.parametrize("prefix", ["model.", "net.", "_forward_module.", "a.b."])
-def test_the_only_prefix_is_taken_off_and_said(prefix: str, tmp_path: Path) -> None:
+def test_unique_prefix_is_removed_and_reported(prefix: str, tmp_path: Path) -> None:
     paths = saved(tmp_path, lambda name: prefix + name)
     with pytest.warns(UserWarning, match=rf"step-0.* and 1 more: names have the prefix '{prefix}'"):
         assert is_last(last_of(paths, tmp_path / "out", net()))
 
 
-def test_a_prefix_of_the_model_is_put_before_names_and_said(tmp_path: Path) -> None:
+def test_prefix_of_the_model_is_added_and_reported(tmp_path: Path) -> None:
     paths = saved(tmp_path, str)
     with pytest.warns(UserWarning, match=r"names of the model have the prefix 'model\.'"):
         assert is_last(last_of(paths, tmp_path / "out", Inside()), "model.")
 
 
-def test_of_two_sets_of_weights_the_prefix_says_which(tmp_path: Path) -> None:
+def test_prefix_selects_one_of_two_sets_of_weights(tmp_path: Path) -> None:
     more = {f"ema.{name}": torch.zeros_like(value) for name, value in net().state_dict().items()}
     paths = saved(tmp_path, lambda name: f"net.{name}", **more)
     with pytest.raises(CandidateError, match=r"2 times, under 'ema\.', 'net\.'\. Choose one with `prefix`"):
@@ -103,7 +103,7 @@ def test_a_run_is_exported_under_the_names_of_its_candidates(tmp_path: Path) -> 
     assert all(torch.equal(value, exported[name]) for name, value in exact.items())
 
 
-def test_names_that_agree_are_left_alone(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_equal_names_are_kept(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     assert is_last(last_of(saved(tmp_path, str), tmp_path / "out", net()))
     assert not [warning for warning in recwarn if issubclass(warning.category, TwaWarning)]
 
@@ -116,7 +116,7 @@ def test_a_tensor_with_and_one_without_the_prefix_are_not_both_the_same_of_the_m
         assert is_last(last_of(paths, tmp_path / "out", net(), prefix="model."))
 
 
-def test_a_prefix_that_is_put_before_names_makes_none_twice(tmp_path: Path) -> None:
+def test_added_prefix_must_not_repeat_names(tmp_path: Path) -> None:
     paths = saved(tmp_path, str, **{"model.0.bias": torch.full((2,), 77.0)})
     with pytest.raises(
         CandidateError, match=r"makes 'model\.0\.bias' of both '0\.bias' and 'model\.0\.bias'.*`rename`"
@@ -200,7 +200,7 @@ def test_a_state_without_the_conversions_that_its_candidates_need_is_refused(tmp
         export_run(tmp_path / "run", tmp_path / "exact")
 
 
-def test_what_only_its_name_in_the_model_leaves_out_is_said(tmp_path: Path) -> None:
+def test_tensors_ignored_by_their_model_name_are_reported(tmp_path: Path) -> None:
     paths = saved(tmp_path, lambda name: f"enc.{name}", **{"1.more": torch.ones(2)})
     with pytest.warns(UserWarning, match=r"`ignore` also matches '1\.bias', '1\.weight' of the model"):
         twa_scale.attach(net(), paths, {"ignore": ["^1"], "missing": "keep"}).close()

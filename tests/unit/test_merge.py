@@ -163,7 +163,7 @@ def test_copies_refuse_nan_only(tmp_path: Path) -> None:
         work(set_fault(tmp_path / "nan", float("nan"), "bias"), tmp_path / "out2", 16)
 
 
-def test_a_copy_of_a_candidate_is_reported(tmp_path: Path) -> None:
+def test_copy_of_a_candidate_is_reported(tmp_path: Path) -> None:
     for i, value in enumerate((1.0, 2.0, 2.0)):
         (tmp_path / f"step-{i}").mkdir()
         save_file({"w": torch.full((3,), value)}, tmp_path / f"step-{i}/model.safetensors")

@@ -93,7 +93,7 @@ def test_the_card_of_a_candidate_is_kept() -> None:
     assert "z-1" in repeated and "x-1" not in repeated
 
 
-def test_our_own_card_is_made_anew() -> None:
+def test_generated_card_is_replaced() -> None:
     first = with_card(config(), origin(weights=[0.5, 0.5]))
     repeated = huggingface_hub.ModelCard(with_card(first, origin("z-1", weights=[1.0]))["README.md"].decode())
     assert repeated.data.base_model == "acme/tiny-llama" and "z-1" in repeated.text and "x-1" not in repeated.text
@@ -107,7 +107,7 @@ def test_weights_of_any_kind_have_a_card() -> None:
     assert text.startswith("mine\n") and "x-1" in text
 
 
-def test_a_card_that_is_no_text_is_left_alone() -> None:
+def test_invalid_card_is_kept() -> None:
     files = {"config.json": b"{", "README.md": b"\xff\xfe"}
     assert with_card(files, origin(weights=[0.5, 0.5])) == files
 

@@ -58,7 +58,7 @@ def check(one: Store, other: Store, span: Span, n: int, with_center: bool, dtype
     buffer=st.sampled_from([0, 4096, 20_000, 1 << 26]),
     kernels=st.sampled_from(["torch", "numba"]),
 )
-def test_what_is_beside_the_weights(
+def test_stores_in_host_memory_equal_those_on_the_device(
     name: Any, data: st.DataObject, n: int, m: int, start: int, buffer: int, kernels: Literal["torch", "numba"]
 ) -> None:
     """Buffers of one tile, several tiles, and more than a span, filled with chunks of any size."""
@@ -145,13 +145,13 @@ def test_many_spans_share_two_buffers(name: Any) -> None:
     assert stores[1].nbytes == 0
 
 
-def test_buffers_are_no_larger_than_what_visits_them() -> None:
+def test_buffers_are_not_larger_than_their_content() -> None:
     store = offloaded(TwaConfig(), 2, 1 << 26)
     fill(store, Span("w", 0, 1000), torch.randn(2, 1000))
     assert store._staging.nbytes == 2 * (8192 + 4096)
 
 
-def test_what_is_lent_stays_until_the_buffer_is_lent_again() -> None:
+def test_buffers_keep_their_content_until_they_are_reused() -> None:
     staging = Staging(CPU)
     tensors = [torch.arange(5.0), torch.arange(7, dtype=torch.int32), torch.ones(3, dtype=torch.bfloat16)]
     staging.reserve(tensors)
@@ -173,7 +173,7 @@ def test_a_cpu_model_has_nothing_to_offload(name: Any) -> None:
 
 @pytest.mark.parametrize("basis", ["normalized", "orthonormal"])
 @pytest.mark.parametrize(("name", "coding"), [("dense32", "auto"), ("packed4", "center"), ("packed4", "increments")])
-def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name: str, coding: str, basis: str) -> None:
+def test_training_with_the_public_api(monkeypatch: pytest.MonkeyPatch, name: str, coding: str, basis: str) -> None:
     """The orthonormal basis also uses the center's products."""
 
     def build() -> nn.Module:

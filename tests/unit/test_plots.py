@@ -33,7 +33,7 @@ def test_training_is_drawn_at_any_size(tmp_path: Path, n: int, groups: int) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
 
 
-def test_color_says_more_or_less_than_uniform(tmp_path: Path) -> None:
+def test_color_shows_more_or_less_than_uniform(tmp_path: Path) -> None:
     values = np.full((4, 30), 0.25)
     values[1], values[2] = 0.75, -0.25
     plot_training(tmp_path / "p.png", values, list("abcd"), [str(g) for g in range(30)], [])
@@ -49,7 +49,7 @@ def test_cosines_of_any_sign(tmp_path: Path, cosines: np.ndarray) -> None:
     assert imread(tmp_path / "c.png").std() > 0.05
 
 
-def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
+def test_plot_that_cannot_be_written_raises(tmp_path: Path) -> None:
     (tmp_path / "nowhere").touch()  # a file is not a directory
     with pytest.raises(OutputError, match="nowhere"):
         plot_cosines(tmp_path / "nowhere" / "c.png", np.ones((2, 2)), ["a", "b"])

@@ -168,9 +168,7 @@ def test_tables_replace_those_of_the_page() -> None:
 
 @pytest.mark.parametrize("size", ["full", "small", "tiny"])
 @pytest.mark.parametrize("task", [Language, Detection])
-def test_methods_can_be_made_from_what_is_there_before_them(
-    task: type[Language | Detection], size: str, tmp_path: Path
-) -> None:
+def test_methods_start_from_earlier_results(task: type[Language | Detection], size: str, tmp_path: Path) -> None:
     settings = task.read(size)
     work = task(tmp_path, 0, settings, tmp_path)
     rows_of_a_method = 1 if size == "small" else 2
@@ -192,7 +190,7 @@ def test_methods_can_be_made_from_what_is_there_before_them(
 
 @pytest.mark.parametrize("size", ["full", "small", "tiny"])
 @pytest.mark.parametrize("task", [Images, Vit])
-def test_methods_of_images_have_what_they_start_from(task: type[Images], size: str, tmp_path: Path) -> None:
+def test_methods_of_images_have_their_start(task: type[Images], size: str, tmp_path: Path) -> None:
     settings = task.read(size)
     work = task(tmp_path, 0, settings, tmp_path)
     trunk, full = settings["trunk"], settings["full"]
@@ -258,7 +256,7 @@ def test_bema_of_candidates_is_that_of_running_averages_with_the_same_frequency(
     assert torch.allclose(bema(len(weights), every, [0.4])["power 0.4"] @ weights, expected, atol=1e-5)
 
 
-def test_extra_merge_goes_on_along_the_line_of_two_means() -> None:
+def test_extra_merge_continues_along_the_line_of_two_means() -> None:
     positions = torch.arange(10.0)
     for name, length, multiple in (("0.5 past the last 2", 2, 0.5), ("1.0 past the last 5", 5, 1.0)):
         coefficients = extra_merge(10, [2, 5], [0.5, 1.0])[name]
@@ -410,7 +408,7 @@ def test_the_trunk_does_not_depend_on_the_settings_of_methods(tmp_path: Path) ->
         ("packages", ["--seeds", "0"], "make proof"),
     ],
 )
-def test_what_would_end_the_work_is_found_before_it_begins(
+def test_errors_are_raised_before_the_work_begins(
     wrong: str, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wrong != "packages":
@@ -446,7 +444,7 @@ class Line(Training):
         return float(loss)
 
 
-def test_a_trunk_goes_on_only_from_a_state_of_its_settings(tmp_path: Path) -> None:
+def test_trunk_continues_only_from_a_state_with_its_settings(tmp_path: Path) -> None:
     settings = {"steps": 6, "candidates": 2, "every": 2, "ema": [0.5], "save_every": 2, "branches": [3]}
 
     def last(directory: Path, lr: float, end: int | None = None) -> dict[str, torch.Tensor]:

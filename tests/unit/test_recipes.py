@@ -152,7 +152,7 @@ def test_the_page_has_the_values() -> None:
         ({"recipe": "tail", "steps": 1}, "^keep: best, start: best choose by the test split"),
     ],
 )
-def test_choices_by_the_test_split_are_said(settings: dict[str, Any], words: str) -> None:
+def test_selection_by_the_test_split_is_reported(settings: dict[str, Any], words: str) -> None:
     assert re.search(words, caveat(made(**{"steps": 1, "evaluate_split": "test", **settings})) or "")
     assert caveat(made(**{"steps": 1, **settings})) is None
 

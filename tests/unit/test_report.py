@@ -84,7 +84,7 @@ def test_text_of_files_is_not_markup(run: Path) -> None:
     assert "url(" not in (run / "report.html").read_text() and "@import" not in (run / "report.html").read_text()
 
 
-def test_a_run_that_goes_on_is_named(run: Path) -> None:
+def test_running_run_is_named(run: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     with DirectoryLock(run) as lock:
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_is_named(run: Path) -> None:
     assert "still running" in Page(write_report(run)).words
 
 
-def test_a_run_without_a_state_yet(tmp_path: Path) -> None:
+def test_run_without_a_state(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     assert "step 1" in Page(write_report(tmp_path)).words
 
@@ -164,7 +164,7 @@ def test_averages_of_a_search(run: Path, tmp_path: Path) -> None:
         write_report(run)
 
 
-def test_what_a_trainer_has_logged(tmp_path: Path) -> None:
+def test_metrics_logged_by_a_trainer(tmp_path: Path) -> None:
     for step in (9, 10):
         history = [{"step": s, "loss": s / 2, "learning_rate": 0.1} for s in range(1, step)]
         history += [{"step": step, "eval_loss": 0.5, "epoch": 1.0}]

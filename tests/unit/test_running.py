@@ -48,7 +48,7 @@ def shown(averages: Any, model: Any, which: Any) -> Tensor:
 
 @pytest.mark.parametrize(("store", "tolerance"), STORES.items())
 @pytest.mark.parametrize("steps", [1, KEEP, 12 * KEEP])
-def test_a_snapshot_is_off_by_the_rounding_of_one_increment(store: str, tolerance: float, steps: int) -> None:
+def test_error_of_a_snapshot_is_the_rounding_of_one_increment(store: str, tolerance: float, steps: int) -> None:
     """The error does not grow with the number of snapshots, because it is part of the next increment."""
     averages, model, seen = followed(steps, window={"every": 1, "keep": KEEP, "store": store})
     assert averages.snapshot_steps == [*range(max(steps - KEEP, 0) + 1, steps + 1)]
@@ -98,7 +98,7 @@ def test_weights_of_few_bits_are_averaged_in_float32() -> None:
     assert averages.nbytes == 4 * 51 * 70 and torch.equal(model.weight.detach(), before)
 
 
-def test_half_lives_forget_in_proportion_to_the_age() -> None:
+def test_half_lives_are_proportional_to_the_age() -> None:
     averages, model, seen = followed(400, ema={"half_life": 0.1})
     expected = seen[0]
     for t, weights in enumerate(seen[1:], 2):
@@ -150,13 +150,13 @@ def test_bema_continues_with_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("half_life", [0.05, 0.3, 0.9])
-def test_half_of_the_weight_lies_on_the_last_part_of_the_updates(half_life: float) -> None:
+def test_half_of_the_weight_is_on_the_last_updates(half_life: float) -> None:
     settings, total = EmaSettings(half_life=[half_life]), 1000
     of_the_others = prod(settings.decay(0, t) for t in range(round((1 - half_life) * total) + 1, total + 1))
     assert of_the_others == pytest.approx(0.5, rel=1e-9)
 
 
-def test_compare_gives_a_table_and_the_weights_back() -> None:
+def test_compare_returns_a_table_and_restores_the_weights() -> None:
     averages, model, seen = followed(5, ema=[0.9], window={"every": 1, "keep": 3, "store": "dense32"})
     scores = averages.compare(lambda given: float(given.weight.detach().double().sum()))
     assert list(scores) == averages.names == ["last", "ema", "mean", "minus-sqrt"]
@@ -167,7 +167,7 @@ def test_compare_gives_a_table_and_the_weights_back() -> None:
     assert torch.equal(model.weight.detach().double(), seen[-1])
 
 
-def test_training_goes_on_after_learning() -> None:
+def test_training_continues_after_learning() -> None:
     averages, model, seen = followed(6, window={"every": 2, "keep": 3})
     twa = averages.learn({"optimizer": {"lr": 0.1}})
     model(torch.randn(8, 50)).square().mean().backward()
@@ -204,7 +204,7 @@ def test_training_goes_on_after_learning() -> None:
         ({"ema": 0.9, "device": "cuda"}, "'auto' or 'cpu'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+def test_contradictory_settings_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         twa_scale.RunningAverages(linear(), **options)
 
@@ -232,7 +232,7 @@ def test_averages_that_are_not_kept_are_refused(which: Any, message: str) -> Non
 
 
 @pytest.mark.parametrize("which", ["ema", "mean"])
-def test_an_average_of_nothing_yet_is_refused(which: str) -> None:
+def test_average_before_the_first_step_raises(which: str) -> None:
     averages, _, _ = followed(2, ema={"decays": [0.9], "start_step": 3}, window={"every": 5, "keep": 3})
     assert averages.names == ["last"] and averages.has("last") and not averages.has(which)
     with pytest.raises(ConfigError, match="is not an average"):
@@ -275,7 +275,7 @@ def backward_inside(averages: Any) -> None:
         (backward_inside, "not that of the trained weights"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(wrong: Callable[[Any], None], message: str) -> None:
+def test_contradictory_requests_raise(wrong: Callable[[Any], None], message: str) -> None:
     averages, _, _ = followed(3, ema=[0.9], window={"every": 3, "keep": 3})
     with pytest.raises(TwaError, match=message):
         wrong(averages)
@@ -355,7 +355,7 @@ def raise_out_of_memory(*_: Any) -> None:
 
 @pytest.mark.parametrize("location", ["_measured", "_buffers", "assemble"])
 @pytest.mark.parametrize("fail", [raise_interrupt, raise_out_of_memory])
-def test_training_goes_on_after_learn_has_failed(monkeypatch: Any, location: str, fail: Callable[..., None]) -> None:
+def test_training_continues_after_learn_failed(monkeypatch: Any, location: str, fail: Callable[..., None]) -> None:
     """After any error the weights are restored, none is written later, and no hook receives gradients."""
     averages, model, seen = followed(4, window={"every": 1, "keep": 3, "store": "dense32"})
     work = getattr(learning, location)
@@ -526,7 +526,7 @@ def test_steps_without_a_version_are_not_reported(write: str) -> None:
         averages.step()
 
 
-def test_what_is_written_inside_weights_is_reported() -> None:
+def test_writes_inside_weights_are_reported() -> None:
     averages, model, seen = followed(3, ema=[0.9], window={"every": 1, "keep": 3})
     with averages.weights("ema"), averages.weights("mean"):
         pass
@@ -535,7 +535,7 @@ def test_what_is_written_inside_weights_is_reported() -> None:
     assert torch.equal(model.weight.detach().double(), seen[-1])
 
 
-def test_names_tell_decays_apart() -> None:
+def test_names_of_decays_are_distinct() -> None:
     averages, _, _ = followed(2, ema=[0.9999999, 0.99999992])
     assert averages.names[1:] == ["ema:0.9999999", "ema:0.99999992"]
     assert averages.has("ema:0.99999990")
@@ -565,7 +565,7 @@ def test_tensors_of_any_number_and_size_are_averaged(monkeypatch: Any, dtype: to
 
 
 @pytest.mark.parametrize(("which", "from_step"), [([0.2, 0.3, 0.5], 3), (2, 3), (-1, 1), ("2", 3), ("lawa:3", 1)])
-def test_an_average_of_more_snapshots_than_there_are_is_waited_for(which: Any, from_step: int) -> None:
+def test_average_waits_for_enough_snapshots(which: Any, from_step: int) -> None:
     model = linear()
     averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 3})
     for step in range(5):

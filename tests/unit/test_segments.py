@@ -97,7 +97,7 @@ def test_any_order_of_functions_is_followed(seed: int) -> None:
 
 
 @pytest.mark.parametrize("span", [Span("x", 0, 48), Span("x", 7, 31), Span("x", 1, 46, run=3, stride=6)])
-def test_a_span_is_written_to_where_it_was_read(span: Span) -> None:
+def test_span_is_written_to_its_position(span: Span) -> None:
     make, shapes = MAKES["experts"]
     tensors = stored(shapes)
     segments = Segments(traced(make, tensors).segments("x"))
@@ -113,7 +113,7 @@ def test_a_span_is_written_to_where_it_was_read(span: Span) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda a: a + 1, lambda a: a.to(torch.int32), lambda a: a[::2], torch.abs])
-def test_what_does_more_than_move_elements_is_an_error(make: Make) -> None:
+def test_conversions_that_compute_raise(make: Make) -> None:
     with pytest.raises(CannotTrace):
         traced(make, stored([(4, 3)]))
 

@@ -67,7 +67,7 @@ def make(directory: Path, *names: str) -> Path:
 
 
 @pytest.mark.parametrize("code", [False, True])
-def test_what_is_carried(tmp_path: Path, code: bool) -> None:
+def test_copied_side_files(tmp_path: Path, code: bool) -> None:
     messages: list[str] = []
     files = side_files(make(tmp_path, *CARRIED, *LEFT, *CODE), code=code, notify=messages.append)
     assert sorted(files) == sorted([*CARRIED, *(CODE if code else [])])
@@ -123,7 +123,7 @@ def test_modules_with_weights_of_their_own_are_reported(tmp_path: Path) -> None:
     assert len(messages) == 1 and "'2_Dense'" in messages[0] and "not averaged" in messages[0]
 
 
-def test_a_type_that_is_converted_is_said_in_the_configuration() -> None:
+def test_converted_type_is_set_in_the_configuration() -> None:
     config = b'{"dtype": "bfloat16", "layers": 2}'
     assert json.loads(with_dtype(config, torch.float32)) == {"dtype": "float32", "layers": 2}
     for other in (b"{}", b"[1]", b"{", b"[" * 100_000):

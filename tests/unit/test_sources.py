@@ -345,7 +345,7 @@ def test_truncated(working_directory: Path) -> None:
         (rewritten(lambda e: e.update(twin=e["scalar"])), "a gap or an overlap"),
     ],
 )
-def test_garbage(working_directory: Path, damage: Damage, message: str) -> None:
+def test_random_bytes(working_directory: Path, damage: Damage, message: str) -> None:
     assert message in damaged(working_directory, damage)
 
 

@@ -141,7 +141,7 @@ def written(request: pytest.FixtureRequest, ranks: Pool, tmp_path_factory: pytes
     return directory
 
 
-def test_slices_are_what_was_saved(written: Path, tmp_path: Path) -> None:
+def test_slices_equal_the_saved_tensors(written: Path, tmp_path: Path) -> None:
     model = models.build(0, (1,)).state_dict()
     assert_holds(written / "fsdp2", model)
     assert_holds(written / "fsdp1", model)

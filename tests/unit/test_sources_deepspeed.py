@@ -172,9 +172,7 @@ def test_a_last_candidate_that_was_saved_again_is_refused(written: Path, tmp_pat
 
 
 @pytest.mark.parametrize("case", ["2/2-bf16", "2/3-fp32"])
-def test_weights_that_the_optimizer_keeps_for_itself_are_said(
-    copied: Callable[[str], Path], case: str, tmp_path: Path
-) -> None:
+def test_weights_kept_by_the_optimizer_are_reported(copied: Callable[[str], Path], case: str, tmp_path: Path) -> None:
     folder = copied(case)
 
     def slow(content: dict[str, Any]) -> None:
@@ -216,7 +214,7 @@ def test_a_slice_opens_only_the_files_that_hold_it(copied: Callable[[str], Path]
             read(candidate, name, 0, torch.Size(candidate.shape(name)).numel())
 
 
-def test_latest_names_a_folder(copied: Callable[[str], Path]) -> None:
+def test_latest_file_names_a_folder(copied: Callable[[str], Path]) -> None:
     folder = copied("1/2-fp32")
     folder.rename(folder.with_name("global_step7"))
     message = refused(folder.parent)
@@ -333,7 +331,7 @@ class Malicious:
         return exec, ("raise SystemExit('it ran')",)
 
 
-def test_objects_of_the_user_are_neither_needed_nor_run(copied: Callable[[str], Path], written: Path) -> None:
+def test_user_classes_are_not_imported_or_run(copied: Callable[[str], Path], written: Path) -> None:
     folder = copied("2/3-fp32")
     for file in folder.glob("*.pt"):
         changed(file, lambda content: content.update(client=Malicious()))

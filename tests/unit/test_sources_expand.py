@@ -71,7 +71,7 @@ def test_a_folder_may_be_called_like_a_file(working_directory: Path) -> None:
         ("run/stop-1", "no such file or directory"),
     ],
 )
-def test_what_is_not_there(working_directory: Path, spec: str, message: str) -> None:
+def test_missing_candidates_raise(working_directory: Path, spec: str, message: str) -> None:
     steps(working_directory / "run")
     for inputs in (spec, ["run/step-1", spec]):
         assert any(part in refused(inputs) for part in message.split("|")), refused(inputs)
@@ -104,7 +104,7 @@ def test_broken_links_are_refused(working_directory: Path, make: Callable[[Path]
     assert "'model.safetensors' exists, but is not a regular file" in refused(["run/step-1"])
 
 
-def test_circles_of_folders_end(working_directory: Path) -> None:
+def test_cycles_of_folders_end(working_directory: Path) -> None:
     """For code that follows links, two of them make a tree of 2^40 paths."""
     steps(working_directory / "run")
     for name in ("again", "once-more"):
@@ -113,7 +113,7 @@ def test_circles_of_folders_end(working_directory: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["run/step-1", "run/step-1/model.safetensors", "run"])
-def test_what_may_not_be_read(working_directory: Path, closed: str, request: pytest.FixtureRequest) -> None:
+def test_unreadable_candidates_raise(working_directory: Path, closed: str, request: pytest.FixtureRequest) -> None:
     steps(working_directory / "run")
     for folder in (
         working_directory,
@@ -147,7 +147,7 @@ def test_what_may_not_be_read(working_directory: Path, closed: str, request: pyt
     ],
     ids=str,
 )
-def test_the_parts_of_ranks_are_no_candidates(working_directory: Path, names: list[str], pattern: str) -> None:
+def test_parts_of_ranks_are_not_candidates(working_directory: Path, names: list[str], pattern: str) -> None:
     """Their shapes are often equal, so that an average would look valid."""
     for name in names:
         write(working_directory / name)
@@ -168,7 +168,7 @@ def test_candidates_with_numbers_of_ranks(working_directory: Path, names: list[s
     assert found("*.pt") == (names, [])
 
 
-def test_versions_in_a_list_are_said(working_directory: Path) -> None:
+def test_versions_in_a_list_are_reported(working_directory: Path) -> None:
     """As if a shell has expanded `*.pt`."""
     names = [write(working_directory / name).name for name in ("1.pt", "1_ema.pt")]
     paths, messages = found(names)
@@ -251,8 +251,6 @@ _FILE = save({"w": torch.ones(2)})
         ("m.safetensors", save({"w": torch.ones(2)}, {"format": "flax"}), "is of Flax (JAX) by its header"),
     ],
 )
-def test_contents_that_are_not_those_of_the_name(
-    working_directory: Path, name: str, content: bytes, message: str
-) -> None:
+def test_contents_that_differ_from_the_suffix(working_directory: Path, name: str, content: bytes, message: str) -> None:
     (working_directory / name).write_bytes(content)
     assert refused(name).startswith(f"{name}: ") and message in refused(name)

@@ -78,7 +78,9 @@ def test_directories_are_read_as_from_pretrained_reads_them(working_directory: P
     ],
     ids=str,
 )
-def test_what_lies_beside_the_weights(working_directory: Path, files: list[str], chosen: int, aside: list[str]) -> None:
+def test_other_files_next_to_the_weights(
+    working_directory: Path, files: list[str], chosen: int, aside: list[str]
+) -> None:
     for i, name in enumerate(files):
         write(working_directory / "x", name, float(i))
     messages: list[str] = []
@@ -151,7 +153,7 @@ def test_files_of_equal_content_are_not_the_same(working_directory: Path) -> Non
     assert found("run/*") == (["run/step-1", "run/step-2"], [])
 
 
-def test_shards_behind_the_same_index_may_differ(working_directory: Path) -> None:
+def test_shards_of_equal_indexes_may_differ(working_directory: Path) -> None:
     """As in the cache of the Hugging Face hub, where indexes of equal content are one file."""
     for i in (1, 2):
         write(working_directory / f"run/step-{i}", "model.safetensors.index.json", float(i))
@@ -172,7 +174,7 @@ def test_shards_behind_the_same_index_may_differ(working_directory: Path) -> Non
         ["run/step-1", "run/latest"],
     ],
 )
-def test_what_is_named_twice_counts_twice_and_is_said(working_directory: Path, twice: list[str]) -> None:
+def test_repeated_names_count_twice_and_are_reported(working_directory: Path, twice: list[str]) -> None:
     write(working_directory / "run/step-1", "model.safetensors", 1.0)
     (working_directory / "run/latest").symlink_to("step-1")
     spec = [path.format(working_directory=working_directory) for path in twice]
@@ -180,7 +182,7 @@ def test_what_is_named_twice_counts_twice_and_is_said(working_directory: Path, t
     assert paths == spec and len(messages) == 1 and "count 2 times" in messages[0] and repr(spec[0]) in messages[0]
 
 
-def test_a_match_of_what_is_named_as_well_counts_once(working_directory: Path) -> None:
+def test_match_that_is_also_named_counts_once(working_directory: Path) -> None:
     for i in (1, 2):
         write(working_directory / f"run/step-{i}", "model.safetensors", float(i))
     paths, messages = found(["run/step-1", "run/step-*"])
@@ -261,5 +263,5 @@ def test_digits_of_other_scripts(working_directory: Path) -> None:
         (None, "not NoneType"),
     ],
 )
-def test_what_is_no_list_of_candidates(spec: object, message: str) -> None:
+def test_invalid_lists_of_candidates_raise(spec: object, message: str) -> None:
     assert message in refused(spec)

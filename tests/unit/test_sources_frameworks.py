@@ -91,7 +91,7 @@ def test_other_layouts_of_accelerate(working_directory: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [["last.ckpt"], ["last-v1.ckpt", "best.ckpt"], ["model_best.ckpt"]])
-def test_copies_of_steps_are_told_apart(working_directory: Path, names: list[str]) -> None:
+def test_copies_of_steps_are_distinguished(working_directory: Path, names: list[str]) -> None:
     steps = ["epoch=0-step=9.ckpt", "epoch=1-step=10.ckpt", "epoch=1-step=10-v1.ckpt"]
     for i, name in enumerate([*steps, *names]):
         torch.save(state(float(i)), name)

@@ -246,9 +246,7 @@ def test_other_formats_of_megatron_are_refused_by_name(working_directory: Path) 
 
 
 @pytest.mark.parametrize("tensors_of", ["each rank", "an unfinished save"])
-def test_a_tracker_that_leads_to_another_format_is_refused_like_the_folder(
-    working_directory: Path, tensors_of: str
-) -> None:
+def test_tracker_of_another_format_raises_like_the_folder(working_directory: Path, tensors_of: str) -> None:
     run(working_directory / "run")
     folder = working_directory / "run/iter_0001000"
     (folder / ".metadata").unlink()

@@ -106,7 +106,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt"])
-def test_objects_beside_the_weights_are_not_touched(tmp_path: Path, name: str, suffix: str) -> None:
+def test_objects_next_to_the_weights_are_not_used(tmp_path: Path, name: str, suffix: str) -> None:
     path = saved(tmp_path / f"x{suffix}", {"state_dict": weights(), "args": HARMLESS[name], "epoch": 3})
     candidate, messages = opened(path)
     assert holds(candidate, weights()) and not messages
@@ -196,7 +196,7 @@ def test_a_tensor_without_a_name_in_a_state_dict(key: object, message: str) -> N
     assert f"the tensor under {message}" in refused({**weights(), key: torch.ones(2)})
 
 
-def test_other_keys_without_a_name_beside_the_weights(tmp_path: Path) -> None:
+def test_unnamed_keys_next_to_the_weights(tmp_path: Path) -> None:
     beside = {"keyed": {b"a": Path("a"), "b": Path("b"), Kind.SGD: 1}, "bytes": {b"a": torch.ones(1), "b": 1}}
     content = {"model": weights(), **beside, "optimizer": {torch.ones(1): torch.ones(2), "step": torch.ones(1)}}
     for inputs in (content, saved(tmp_path / "x.pt", content)):
@@ -208,12 +208,12 @@ def test_torchscript_programs_are_refused(tmp_path: Path) -> None:
     assert "a program of torch.jit (TorchScript): save the state_dict()" in refused(tmp_path / "x.pt")
 
 
-def test_an_array_among_the_weights_is_said(tmp_path: Path) -> None:
+def test_array_among_the_weights_is_reported(tmp_path: Path) -> None:
     candidate, messages = opened(saved(tmp_path / "x.pt", weights() | {"mean": np.ones(3), "best": np.float32(1)}))
     assert holds(candidate, weights()) and len(messages) == 1 and "'mean' among the weights" in messages[0]
 
 
-def test_an_array_in_a_state_dict_is_said() -> None:
+def test_array_in_a_state_dict_is_reported() -> None:
     candidate, messages = opened(weights() | {"mean": np.ones(3), "best": np.float32(1)})
     assert holds(candidate, weights()) and len(messages) == 1 and "'mean' among the weights" in messages[0]
     assert "'w' (numpy.ndarray)" in refused({"w": np.ones(3)})
@@ -265,7 +265,7 @@ def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("key", ["ema.shadow_params", "ema"])
-def test_a_list_is_named_by_the_state_dict_beside_it(tmp_path: Path, key: str) -> None:
+def test_list_is_named_by_the_state_dict_in_the_file(tmp_path: Path, key: str) -> None:
     model = net(0)
     content = {"model": model.state_dict(), "ema": ema_of(model)}
     if key == "ema":
@@ -317,7 +317,7 @@ def test_a_list_that_cannot_be_named_is_refused(
         average_fixed([str(path)], tmp_path / "out", weights_key="ema.shadow_params")
 
 
-def test_the_order_of_a_distributed_checkpoint_names_nothing(tmp_path: Path) -> None:
+def test_order_of_a_distributed_checkpoint_is_not_used(tmp_path: Path) -> None:
     """Its metadata does not keep the order of the state dict."""
     model = net(0)
     dcp.save({"model": model.state_dict(), "ema": ema_of(model)["shadow_params"]}, checkpoint_id=tmp_path, **ALONE)

@@ -39,11 +39,11 @@ PLAIN = st.recursive(
 
 @settings(deadline=None)  # of a shared machine
 @given(PLAIN, st.integers(3, 5))
-def test_plain_data_are_what_was_pickled(value: object, protocol: int) -> None:
+def test_plain_data_equal_the_pickled_ones(value: object, protocol: int) -> None:
     assert repr(SafeUnpickler(pickle.dumps(value, protocol)).load()) == repr(value)
 
 
-def test_sets_are_what_was_pickled() -> None:
+def test_sets_equal_the_pickled_ones() -> None:
     for protocol in range(2, 6):
         assert SafeUnpickler(pickle.dumps([{1, "a"}, OrderedDict(x={2})], protocol)).load() == [{1, "a"}, {"x": {2}}]
 
@@ -67,7 +67,7 @@ class Own:
         return exec, ("raise SystemExit('it ran')",), {"x": 3}
 
 
-def test_objects_of_others_stay_opaque() -> None:
+def test_objects_of_unknown_classes_are_opaque() -> None:
     unpickler = SafeUnpickler(pickle.dumps([Own(), Path("x")]))
     own, path = unpickler.load()
     assert isinstance(own, PickleStub) and own.kind == "builtins.exec" and own.x == 3 and own.y is None
@@ -101,7 +101,7 @@ def test_hostile_pickles_are_refused(name: str) -> None:
         SafeUnpickler(HOSTILE[name], lambda *args: args).load()
 
 
-def test_the_memo_is_as_large_as_what_is_in_it() -> None:
+def test_memo_has_the_size_of_its_content() -> None:
     """Python's own unpickler allocates 68 GB for this index."""
     assert SafeUnpickler(b"\x80\x02]r\xff\xff\xff\xff0j\xff\xff\xff\xff.").load() == []
 
@@ -116,7 +116,7 @@ def test_keys_are_not_hashed_without_bound() -> None:
     assert actual == {} and time.monotonic() - began < 5
 
 
-def test_depth_costs_nothing() -> None:
+def test_deep_pickles_are_read() -> None:
     n = 200_000
     nested = SafeUnpickler(b"\x80\x02" + b"]" * n + b"a" * (n - 1) + b".").load()
     tuples = SafeUnpickler(b"\x80\x02)" + b"\x85" * n + b".").load()

@@ -83,7 +83,7 @@ def test_an_average_has_the_files_of_the_folder_huggingface(written: Path, tmp_p
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "x"
 
 
-def test_what_is_refused(written: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_raise(written: Path, tmp_path: Path) -> None:
     assert "has the placements (Shard, Shard)" in refused(written / "two/actor")
     assert "Give the directory" in refused(written / "fsdp2/actor/model_world_size_4_rank_1.pt")
     assert "There are weights in 'actor'" in refused(written / "fsdp2")

@@ -101,7 +101,7 @@ def test_entries_of_an_optimizer_are_left_out(tmp_path: Path, save: Callable[...
     )
 
 
-def test_what_the_model_has_is_no_entry_of_an_optimizer() -> None:
+def test_tensors_of_the_model_are_not_optimizer_entries() -> None:
     state = weights() | {"optimizer.weight": torch.ones(2)}
     candidates, messages = opened([state], known={"optimizer.weight"})
     assert holds(candidates[0], state) and not messages
@@ -142,7 +142,7 @@ def sets(key: str, value: Any) -> dict[str, Any]:
 
 @each_nested
 @pytest.mark.parametrize("other", ["model_ema", "ema.state_dict", "callbacks.ema.module", "teacher"])
-def test_another_set_is_said_and_can_be_chosen(tmp_path: Path, save: Callable[..., Any], other: str) -> None:
+def test_other_set_is_reported_and_can_be_selected(tmp_path: Path, save: Callable[..., Any], other: str) -> None:
     raw, ema = weights(0), weights(1)
     content = {"model": raw, **sets(other, ema), "optimizer": {"exp_avg": weights(2)}, "epoch": torch.tensor(3)}
     spec = save(content, tmp_path / "x")
@@ -161,7 +161,7 @@ def test_another_set_is_said_and_can_be_chosen(tmp_path: Path, save: Callable[..
     assert "weights_key 'model_em'" in message and "'model'" in message
 
 
-def test_averages_without_buffers_and_in_lists_are_said_too() -> None:
+def test_averages_without_buffers_and_in_lists_are_reported() -> None:
     raw = weights(0) | {"norm.count": torch.tensor(3), "norm.scale": torch.ones(3), "norm.bias": torch.ones(3)}
     less = {name: value for name, value in raw.items() if "count" not in name}
     for other in (less, less | {"n_averaged": torch.tensor(1)}, list(less.values())):
@@ -181,7 +181,7 @@ def test_a_key_may_be_a_prefix_of_names(tmp_path: Path, save: Callable[..., Any]
     assert holds(opened([spec], weights_key="ema")[0][0], ema)
 
 
-def test_where_tensors_are_is_said_when_they_are_not_found() -> None:
+def test_errors_name_keys_with_tensors() -> None:
     message = refused([{"net": weights(), "ema": weights(1), "optimizer": {"m": weights()}}])
     assert "holds no tensors" in message and "'ema', 'net'" in message and "`weights_key`" in message
 
@@ -197,7 +197,7 @@ def test_where_tensors_are_is_said_when_they_are_not_found() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_tensor_beside_the_weights_is_not_taken_for_them(
+def test_tensor_next_to_the_weights_is_ignored(
     tmp_path: Path, save: Callable[..., Any], content: dict[str, Any], stray: str, key: str | None
 ) -> None:
     spec = save(content, tmp_path / "x")
@@ -207,13 +207,13 @@ def test_a_tensor_beside_the_weights_is_not_taken_for_them(
         assert repr(key) in message and holds(opened([spec], weights_key=key)[0][0], weights())
 
 
-def test_a_tensor_beside_the_set_of_a_key_is_not_taken_for_it() -> None:
+def test_tensor_next_to_the_set_of_a_key_is_ignored() -> None:
     content = {"model": weights(), "ema": {"shadow": weights(1), "decay": torch.tensor(0.9)}}
     message = refused([content], weights_key="ema")
     assert "no tensors but 'decay'" in message and "'ema.shadow'" in message
 
 
-def test_small_sets_beside_the_weights_are_no_weights() -> None:
+def test_small_sets_next_to_the_weights_are_ignored() -> None:
     content = weights() | {"metrics": {"loss": torch.ones(1)}, "optimizer": {"state": [torch.ones(2)] * 9}}
     assert holds(opened([content])[0][0], weights())
 
@@ -261,7 +261,7 @@ def test_quantized_weights_are_refused(tmp_path: Path, tensors: Tensors, expecte
     assert holds(opened([spec], ignore=[r"^a\.[^w]|^a\.weight"])[0][0], {"b.bias": weights()["b.bias"]})
 
 
-def test_integers_and_float8_that_are_no_codes(tmp_path: Path) -> None:
+def test_integers_and_float8_that_are_not_codes(tmp_path: Path) -> None:
     state = weights() | {
         "position_ids": torch.arange(8)[None],
         "norm.num_batches_tracked": torch.tensor(3),
@@ -297,7 +297,7 @@ def tied(seed: int, *, embed: bool = True, head: bool = True) -> Tensors:
 
 
 @pytest.mark.parametrize("ties", [None, [("embed.weight", "lm_head.weight")]])
-def test_a_tied_tensor_is_read_under_the_name_that_is_there(tmp_path: Path, ties: Any) -> None:
+def test_tied_tensor_is_read_under_its_stored_name(tmp_path: Path, ties: Any) -> None:
     stored = [{"head": False}, {}, {"embed": False}]
     specs = [save_safetensors(tied(i, **options), tmp_path / f"{i}") for i, options in enumerate(stored)]
     candidates, messages = opened(specs, ties=ties)
@@ -308,7 +308,7 @@ def test_a_tied_tensor_is_read_under_the_name_that_is_there(tmp_path: Path, ties
     )
 
 
-def test_what_is_not_equal_elsewhere_is_not_tied() -> None:
+def test_tensors_that_differ_in_other_candidates_are_not_tied() -> None:
     whole = tied(0)
     for change in ({"lm_head.weight": whole["lm_head.weight"] + 1}, {"embed.weight": torch.ones(7, 4)}):
         message = refused([whole | change, tied(1) | change, tied(2, head=False)])
@@ -363,7 +363,7 @@ def test_state_dicts_of_one_memory_are_refused() -> None:
         "q.hada_w1_a",
     ],
 )
-def test_factors_of_adapters_are_said(name: str) -> None:
+def test_factors_of_adapters_are_reported(name: str) -> None:
     states = [weights(i) | {name: torch.ones(2, 2)} for i in range(2)]
     messages = opened(states)[1]
     assert len(messages) == 1 and repr(name) in messages[0] and "not the average of their products" in messages[0]

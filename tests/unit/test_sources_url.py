@@ -137,7 +137,7 @@ def test_a_model_learns_from_urls(memory: str, working_directory: Path) -> None:
         ("cut", "model.safetensors: tensor .* ends at byte .*; it is truncated"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_url(memory: str, name: str, message: str) -> None:
+def test_read_errors_name_the_url(memory: str, name: str, message: str) -> None:
     run_at(memory)
     put(f"{memory}/empty/config.json", "{}")
     put(f"{memory}/dcp/.metadata", "")
@@ -163,9 +163,7 @@ def test_a_file_that_changes_is_refused(memory: str) -> None:
         read(candidate, "0.bias", 0, 51)
 
 
-def test_a_part_of_many_ranges_asks_once_whether_the_file_is_the_same(
-    memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_part_of_many_ranges_checks_the_file_once(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     identity = Url.identity
 
@@ -305,7 +303,7 @@ def test_large_tensors_take_few_requests(web: tuple[str, Served], working_direct
     assert large == [5 << 20]
 
 
-def test_a_server_without_ranges_and_a_missing_file_are_refused(web: tuple[str, Served]) -> None:
+def test_server_without_ranges_and_missing_file_raise(web: tuple[str, Served]) -> None:
     url, served = web
     served.content["/a.safetensors"] = save(state(0))
     served.ranges = False

@@ -122,7 +122,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_rows_are_named_and_the_state_before_is_used(
+def test_damaged_rows_are_named_and_the_previous_state_is_used(
     twa: TrainableAverage, tmp_path: Path, damage: str
 ) -> None:
     for step in range(2):

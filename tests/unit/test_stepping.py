@@ -125,7 +125,7 @@ def test_a_scaler_steps_the_optimizer(unscale: bool, config: dict[str, Any]) -> 
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_scaler_that_does_not_hand_itself_over_is_refused() -> None:
+def test_scaler_that_is_not_passed_raises() -> None:
     model, twa = attach()
     own = twa.optimizer.step
     twa.optimizer.step = lambda *args, **kwargs: own(*args, **kwargs)  # type: ignore[method-assign]
@@ -219,7 +219,7 @@ USES: dict[str, Callable[[TrainableAverage], object]] = {
 }
 
 
-def test_a_closed_average_says_so() -> None:
+def test_closed_average_raises() -> None:
     _, twa = attach()
     a = twa.coefficients
     twa.close()
@@ -236,7 +236,7 @@ def test_a_closed_average_says_so() -> None:
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO())]
 )
-def test_copies_are_refused_with_what_to_save_instead(copied: Callable[[Any], object]) -> None:
+def test_copies_raise_with_an_alternative(copied: Callable[[Any], object]) -> None:
     _, twa = attach()
     for thing in (twa, twa.optimizer):
         with pytest.raises(TwaError, match=r"state_dict\(\)"):
@@ -246,7 +246,7 @@ def test_copies_are_refused_with_what_to_save_instead(copied: Callable[[Any], ob
 @pytest.mark.parametrize(
     "which", [torch.ones(4, device="meta"), torch.ones(4, dtype=torch.complex64), torch.ones(4, dtype=torch.bool)[:2]]
 )
-def test_tensors_that_are_no_coefficients(which: torch.Tensor) -> None:
+def test_invalid_coefficients_raise(which: torch.Tensor) -> None:
     _, twa = attach()
     with pytest.raises(ConfigError, match="weights"), twa.weights(which):
         pass
@@ -255,19 +255,19 @@ def test_tensors_that_are_no_coefficients(which: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("out", [None, 5, "", "a\0b", b"out"])
-def test_outputs_that_are_no_paths(out: Any) -> None:
+def test_outputs_that_are_not_paths_raise(out: Any) -> None:
     _, twa = attach()
     for use in (lambda: twa.export(out), lambda: Snapshots(out, every_n_steps=1)):
         with pytest.raises(OutputError, match="is not a path"):
             use()
 
 
-def test_a_replica_group_that_is_none() -> None:
+def test_none_as_replica_group() -> None:
     with pytest.raises(EngineError, match="replica_group: is a int"):
         twa_scale.attach(models.build(), models.candidates(), replica_group=5)  # type: ignore[arg-type]
 
 
-def test_an_average_says_what_it_is() -> None:
+def test_repr_of_an_average() -> None:
     _, twa = attach(store="packed4")
     expected = f"TrainableAverage(candidates={twa.num_candidates}, groups={len(twa.layout.groups)} ('block'), "
     expected += "basis='normalized', store='packed4', engine=PlainEngine"
@@ -276,7 +276,7 @@ def test_an_average_says_what_it_is() -> None:
     assert repr(twa) == expected + ", closed)"
 
 
-def test_unpacking_as_a_trainer_does_says_what_to_give() -> None:
+def test_unpacking_raises_with_a_fix() -> None:
     _, twa = attach()
     for inputs in (twa, twa.as_optimizer()):
         with pytest.raises(TwaError, match=r"optimizers=\(twa\.as_optimizer\(\), None\)"):

@@ -68,7 +68,7 @@ def taken(run: Path, **select: Any) -> tuple[list[int | None], list[str]]:
         ({"order": "shuffle", "last": 4, "seed": 0}, [1000, 800, 900, 1050], "(last: 4, order: shuffle, seed: 0)"),
     ],
 )
-def test_what_is_taken_is_said(run: Path, select: dict[str, Any], steps: list[int], line: str) -> None:
+def test_selected_candidates_are_reported(run: Path, select: dict[str, Any], steps: list[int], line: str) -> None:
     actual, messages = taken(run, **select)
     assert actual == steps and len(messages) == 1 and line in messages[0], (actual, messages)
     assert f"step-{steps[0]}.pt" in messages[0] and f"step-{steps[-1]}.pt" in messages[0]
@@ -79,7 +79,7 @@ def test_shuffles_are_those_of_the_seed(run: Path) -> None:
     assert first == repeated != other and sorted(map(str, first)) == sorted(map(str, other))
 
 
-def test_nothing_is_said_of_all(run: Path) -> None:
+def test_common_differences_are_not_reported(run: Path) -> None:
     assert taken(run) == ([*range(100, 1001, 100), 1050], [])
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_said_of_all(run: Path) -> None:
         ({"last": 1}, CandidateError, "an average needs at least 2"),
     ],
 )
-def test_choices_that_cannot_be_meant(run: Path, select: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_selections_raise(run: Path, select: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         find_sources(str(run / "step-*"), 2, lambda _: None, SelectConfig(**select))
 

@@ -202,7 +202,7 @@ def test_norms_of_very_large_and_very_small_deltas() -> None:
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_largest_numbers_are_finite(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_largest_values_are_finite(kernels: Kernels, dtype: torch.dtype) -> None:
     """The largest values, as in masks, whose sum overflows."""
     lowest, center = torch.full((2, 3000), torch.finfo(dtype).min, dtype=dtype), torch.zeros(3000, dtype=dtype)
     assert kernels.make_deltas(lowest, [0.5, 0.5], Target(center=center), 0).finite

@@ -115,7 +115,7 @@ def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 # The byte-level GPT
 
 
-def test_gpt_predicts_from_the_past_alone() -> None:
+def test_gpt_is_causal() -> None:
     model = ByteGPT(context=16, n_layer=2, n_head=2, d_model=32)
     tokens = torch.randint(0, 256, (2, 16))
     changed = tokens.clone()
@@ -322,7 +322,7 @@ def test_image_folder(tmp_path: Path, mine: str) -> None:
 # A custom task
 
 
-def test_own_task_by_import_path(digits: Path, mine: str) -> None:
+def test_custom_task_by_import_path(digits: Path, mine: str) -> None:
     task = task_of(f"{mine}:task", data=str(digits))
     assert isinstance(task, Task)
     assert len(task.dataset("train")) == 1000
@@ -548,7 +548,7 @@ def test_bin_files_of_other_formats_are_refused(tmp_path: Path, content: bytes, 
     assert task_of("causal_lm", model=TINY_GPT, context=4, **bytewise).dataset("train")
 
 
-def test_a_token_may_be_the_first_two_bytes_of_gzip(tmp_path: Path) -> None:
+def test_token_may_equal_the_first_two_bytes_of_gzip(tmp_path: Path) -> None:
     tokens = np.array([0x8B1F, 300, 0x8B1F, 40_000], np.uint16)
     tokens.tofile(tmp_path / "t.bin")
     assert np.array_equal(TokenFile.open(tmp_path / "t.bin", "uint16").read(0, 4), tokens)

@@ -109,12 +109,12 @@ def test_several_files_are_one_split(bert: str, tmp_path: Path) -> None:
         ({"problem": "ranking"}, "problem.*'ranking'"),
     ],
 )
-def test_what_cannot_be_used(bert: str, tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_invalid_input_raises(bert: str, tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         task_of(bert, train=write(tmp_path / "a.jsonl", TABLE), **options)
 
 
-def test_numbers_in_text_are_no_classes(bert: str, tmp_path: Path) -> None:
+def test_numbers_in_text_are_not_classes(bert: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a\.csv, line 2: '0\.5' is not a class"):
         task_of(bert, train=write(tmp_path / "a.csv", TABLE), label="score")
     whole = write(tmp_path / "b.jsonl", TABLE | {"class": [1.0, 0.0, 1.0]})

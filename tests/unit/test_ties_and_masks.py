@@ -66,7 +66,7 @@ def test_tied_tensors_that_are_equal_are_read_and_written_under_both_names(tmp_p
     torch.testing.assert_close(load_file(tmp_path / "merged/model.safetensors"), actual)
 
 
-def test_what_is_stored_once_is_read_once() -> None:
+def test_shared_storage_is_read_once() -> None:
     states = []
     for seed in range(2):
         tensors = state(seed)
@@ -89,7 +89,7 @@ def test_tied_tensors_that_differ_are_refused_by_attach(tmp_path: Path, odd: int
 
 
 @pytest.mark.parametrize("lacking", [["lm_head.weight", ""], ["lm_head.weight", "embed.weight"], ["", "embed.weight"]])
-def test_candidates_that_store_other_names_of_a_tied_tensor(tmp_path: Path, lacking: list[str]) -> None:
+def test_candidates_with_different_names_of_a_tied_tensor(tmp_path: Path, lacking: list[str]) -> None:
     states = [{n: v for n, v in state(i).items() if n != name} for i, name in enumerate(lacking)]
     with pytest.warns(TwaWarning, match="it is tied to"):
         twa = twa_scale.attach(Tied(), written(tmp_path / "a", states))
@@ -179,14 +179,14 @@ def test_masks_that_differ_are_refused(tmp_path: Path, value: float) -> None:
         average_fixed(paths, tmp_path / "out")
 
 
-def test_what_is_not_a_number_is_no_mask(tmp_path: Path) -> None:
+def test_nan_is_not_a_mask(tmp_path: Path) -> None:
     paths = written(tmp_path, [{"w": torch.tensor([float("nan"), 1.0])} for _ in range(2)])
     with pytest.raises(CandidateError, match=r"'w' holds nan at element 0.* leave the tensor out, with `ignore`"):
         average_fixed(paths, tmp_path / "out")
 
 
 @pytest.mark.parametrize("store", ["dense32", "packed4", "mapped"])
-def test_a_mask_that_would_be_trained_is_refused_with_the_way_out(store: str) -> None:
+def test_trained_mask_raises_with_a_fix(store: str) -> None:
     net = Tied()
     net.mask.requires_grad_(True)
     with pytest.raises(CandidateError, match=r"'mask' holds -inf at element 1, as do all candidates.*`exclude`"):
@@ -198,7 +198,7 @@ def test_a_mask_that_would_be_trained_is_refused_with_the_way_out(store: str) ->
 # Live tensors
 
 
-def test_live_tensors_are_candidates_of_stores_that_copy_and_not_of_mapped() -> None:
+def test_live_tensors_are_candidates_except_for_mapped() -> None:
     net = Tied()
     other = state(1)
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -215,7 +215,7 @@ def test_live_tensors_are_candidates_of_stores_that_copy_and_not_of_mapped() -> 
         torch.testing.assert_close(net.embed.weight, before["embed.weight"])
 
 
-def test_a_view_into_the_model_is_found() -> None:
+def test_view_of_the_model_is_detected() -> None:
     net = nn.Linear(4, 4, bias=False)
     flat = torch.zeros(40)
     net.weight = nn.Parameter(flat[8:24].view(4, 4))

@@ -126,9 +126,7 @@ def test_a_prefix_before_names_that_the_library_changes_is_found(tmp_path: Path)
 
 
 @pytest.mark.parametrize("module", ["conversion_mapping", "core_model_loading"])
-def test_versions_of_transformers_without_rules_keep_names(
-    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers_without_rules_keeps_names(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = neox()
     names = model.state_dict().keys()
     paths = twice({f"net.{name}": value.clone() for name, value in model.state_dict().items()}, tmp_path)
@@ -142,7 +140,7 @@ def test_versions_of_transformers_without_rules_keep_names(
 
 
 @pytest.mark.parametrize(("owner", "name"), [(core_model_loading, "rename_source_key"), (None, "layer_targets")])
-def test_what_a_version_of_transformers_lacks_is_named(
+def test_missing_functions_of_transformers_are_named(
     owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = twice(stored(neox(), tmp_path), tmp_path)

@@ -141,7 +141,7 @@ def test_statistics_are_averaged_and_other_buffers_are_those_of_one_candidate(tm
 
 
 @pytest.mark.parametrize("option", ["median", "7", "-4", ""])
-def test_buffers_that_are_no_option(tmp_path: Path, option: str) -> None:
+def test_invalid_buffers_option_raises(tmp_path: Path, option: str) -> None:
     with pytest.raises(ConfigError, match="buffers"):
         average_fixed(save(tmp_path, states()), tmp_path / "out", buffers=option)
 
@@ -195,7 +195,7 @@ def test_names_of_buffers() -> None:
     assert spectral_vectors([*vectors, *beside, *others]) == set(vectors)
 
 
-def test_copies_that_agree_are_not_mentioned(tmp_path: Path, recwarn: Any) -> None:
+def test_equal_copies_are_not_reported(tmp_path: Path, recwarn: Any) -> None:
     candidates = states()
     for state in candidates:
         state.update({name: candidates[0][name] for name in COPIED})
@@ -234,7 +234,7 @@ def test_the_result_has_the_widest_type_and_says_so(tmp_path: Path, types: Any, 
         torch.testing.assert_close(actual["weight"].double(), exact, rtol=1e-2, atol=1e-2)
 
 
-def test_a_type_that_is_asked_for_is_not_mentioned(tmp_path: Path, recwarn: Any) -> None:
+def test_requested_type_is_not_reported(tmp_path: Path, recwarn: Any) -> None:
     paths = save(tmp_path, [{"w": torch.ones(3)}, {"w": torch.zeros(3).bfloat16()}])
     average_fixed(paths, tmp_path / "out", dtype="float16")
     assert load_file(tmp_path / "out/model.safetensors")["w"].dtype == torch.float16 and not ours(recwarn)
