@@ -18,7 +18,7 @@ from twa_scale.output.snapshots import Snapshots
 
 
 def run(rank: int, mode: str, directory: Path) -> None:
-    background._GRACE = 1.0
+    background._WAIT_SECONDS = 1.0
     store = dist.FileStore(str(directory / f".{mode}"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model = models.wrap(models.build(0, (1,)), "fsdp2")

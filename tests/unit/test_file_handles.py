@@ -15,7 +15,7 @@ def test_without_preadv_the_same_bytes_are_read(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "file"
     path.write_bytes(content)
     monkeypatch.delattr(os, "preadv")
-    monkeypatch.setattr(file_handles, "_MOST_COPIED", 300)
+    monkeypatch.setattr(file_handles, "_MAX_COPIED", 300)
     buffer = bytearray(990)
     file = File(path)
     file.read(memoryview(buffer), 7, "bytes")

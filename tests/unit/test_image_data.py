@@ -211,7 +211,7 @@ def test_row_groups_are_shuffled_and_read_once(tmp_path: Path, monkeypatch: pyte
         (batch,) = make_batches(data, "train", 8, None, rank, size, 0).training(step)
         return [int(label) for label in batch["labels"]]
 
-    file = data._column._places[0][1]
+    file = data._column._positions[0][1]
     piece = Mock(wraps=file.piece)
     monkeypatch.setattr(file, "piece", piece)
     steps = [order(0, 1, step) for step in range(5)]

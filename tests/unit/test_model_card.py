@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import twa_scale
 from twa_scale.merge import average_fixed
-from twa_scale.output.model_card import OF_WINDOW, with_card
+from twa_scale.output.model_card import SNAPSHOT_LABEL, with_card
 from twa_scale.output.provenance import provenance
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -138,7 +138,7 @@ def test_running_averages_say_their_settings() -> None:
     assert window["window"] == {"every": 1, "keep": 2, "store": "packed1", "start_step": 0}
     text = card_of(config(), window).text
     assert "The coefficients are fixed: <code>mean</code>." in text and "has all coefficients and settings." in text
-    assert f"| <code>{OF_WINDOW}3</code> | 0.5 |" in text and "twa-scale average" not in text
+    assert f"| <code>{SNAPSHOT_LABEL}3</code> | 0.5 |" in text and "twa-scale average" not in text
 
 
 @pytest.mark.parametrize("form", ["hf", "pt", "same"])

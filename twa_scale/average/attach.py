@@ -12,7 +12,7 @@ from torch import nn
 
 from twa_scale.average.assemble import assemble
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_of
+from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_tensors
 from twa_scale.average.load_candidates import load_candidates
 from twa_scale.average.optimizer import check_optimizer, check_settings
 from twa_scale.average.parts import Parts
@@ -161,7 +161,7 @@ def require_trainable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
 
 
 def _wanted(engine: Engine, config: TwaConfig, adapter: LiveAdapter | None) -> Wanted:
-    return wanted_of(engine.parameters, engine.buffers(), config, engine.module, adapter)
+    return wanted_tensors(engine.parameters, engine.buffers(), config, engine.module, adapter)
 
 
 def experts_of(

@@ -36,7 +36,7 @@ class Grouping:
     """The groups of experts, for each tensor that stacks experts with groups of their own."""
 
 
-def grouped(
+def group_tensors(
     trained: Sequence[str],
     groups: str | Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],

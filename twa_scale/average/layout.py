@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from twa_scale.average.grouping import Experts, grouped
+from twa_scale.average.grouping import Experts, group_tensors
 from twa_scale.base.names import matches_any, nearest, quoted, selected, without_wrappers
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, Wanted
@@ -81,7 +81,7 @@ def alias_jobs(
                 yield replace(span, name=alias), separate
 
 
-def wanted_of(
+def wanted_tensors(
     parameters: Mapping[str, ParameterInfo],
     buffers: Mapping[str, torch.Tensor],
     config: TwaConfig,
@@ -161,7 +161,7 @@ def match(
     trainable = [name for name, info in parameters.items() if info.trainable and name in held_as]
     trained = selected([name for name in trainable if name not in all_summed], config.include, config.exclude)
     _require_any(trained, len(trainable), len(held_as), has_adapter=adapter is not None)
-    grouping = grouped(trained, config.groups, shapes, stacked or {})
+    grouping = group_tensors(trained, config.groups, shapes, stacked or {})
     return Layout(
         groups=grouping.groups,
         group_of=grouping.group_of,

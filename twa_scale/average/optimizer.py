@@ -105,10 +105,10 @@ def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) ->
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load a copy of `state`, of an optimizer of one parameter, which `check_state` has accepted."""
-    take_over(optimizer, deepcopy(dict(state)))
+    load_compatible_state(optimizer, deepcopy(dict(state)))
 
 
-def take_over(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_compatible_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load `state` as `load_optimizer` does, but without a copy: the optimizer uses the tensors of `state`."""
     for key, value in optimizer.param_groups[0].items():  # keys that a later version of torch has added
         state["param_groups"][0].setdefault(key, value)

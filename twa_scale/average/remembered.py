@@ -8,7 +8,7 @@ from twa_scale.average.written import WrittenCoefficients
 from twa_scale.engines import Engine
 
 
-def remembered(engine: Engine, written: WrittenCoefficients, optimizer: AverageOptimizer) -> Callable[[], None]:
+def save_in_memory(engine: Engine, written: WrittenCoefficients, optimizer: AverageOptimizer) -> Callable[[], None]:
     """Return a function that restores the current coefficients, moments and buffers, and writes the weights.
 
     The function is collective. It also restores the counters and the loss scale of DeepSpeed.

@@ -9,7 +9,7 @@ import torch
 from twa_scale.average import batchnorm
 from twa_scale.average.closing import while_open
 from twa_scale.average.observed import Observed
-from twa_scale.average.remembered import remembered
+from twa_scale.average.remembered import save_in_memory
 from twa_scale.average.state import KeptState, RowsState, require_same_state, require_stored_rows
 from twa_scale.average.step import CoefficientStep
 from twa_scale.average.step_optimizer import AverageOptimizer
@@ -45,7 +45,7 @@ class Stateful(Observed):
         """
         if self._swapped:
             raise TwaError("remember() inside weights(): leave it first.")
-        restore, config = remembered(self._engine, self._written, self.optimizer), self.config
+        restore, config = save_in_memory(self._engine, self._written, self.optimizer), self.config
 
         def back() -> None:
             restore()

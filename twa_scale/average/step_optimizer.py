@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from twa_scale.average.in_trainer import saved_by_callback
-from twa_scale.average.optimizer import load_optimizer, take_over
+from twa_scale.average.optimizer import load_compatible_state, load_optimizer
 from twa_scale.average.rows import RowCorrections
 from twa_scale.errors import StateError, TwaError
 from twa_scale.ranks import Pods
@@ -185,7 +185,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         """Load a copy of the state of the inner optimizer. The state of the rows, which may be large, is not copied."""
         load_optimizer(self.inside, state)
         if self._rows and rows:
-            take_over(self._rows.optimizer, rows["optimizer"])
+            load_compatible_state(self._rows.optimizer, rows["optimizer"])
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

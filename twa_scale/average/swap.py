@@ -39,7 +39,7 @@ class SwappedWeights:
         self._write = write
         self._set_fault = set_fault
         self._stack: list[torch.Tensor | None] = []
-        self._held: list[dict[str, torch.Tensor]] = []
+        self._saved_buffers: list[dict[str, torch.Tensor]] = []
         self._exits = BlockExits(pods)
         self.lost = ""
         """The reason why the average can no longer be used, or the empty string."""
@@ -54,7 +54,7 @@ class SwappedWeights:
 
     def own_buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers of the trained weights; inside a block, the copies from before it."""
-        return self._held[0] if self._held else self._engine.buffers()
+        return self._saved_buffers[0] if self._saved_buffers else self._engine.buffers()
 
     @contextmanager
     def showing(self, which: Which, choose: Callable[[], torch.Tensor | None]) -> Iterator[None]:
@@ -76,7 +76,7 @@ class SwappedWeights:
         with self._pods.agree():
             chosen = choose()
         require_same_settings(self._pods, {"weights(which)": _named(which, chosen)})
-        self._held.append({name: buffer.clone() for name, buffer in self._engine.buffers().items()})
+        self._saved_buffers.append({name: buffer.clone() for name, buffer in self._engine.buffers().items()})
         self._stack.append(chosen)
         failure: BaseException | None = None
         reached: list[bool] = []
@@ -100,7 +100,7 @@ class SwappedWeights:
             self.lost = _LOST
             raise
         finally:
-            before = self._held.pop()
+            before = self._saved_buffers.pop()
             for name, buffer in self._engine.buffers().items():
                 if name in before:  # skip those that were registered in the block
                     buffer.copy_(before[name])

@@ -22,7 +22,7 @@ _PACKAGES = {
     "abfss": "adlfs",
 }
 _PASSWORD = re.compile(r"://[^/@]*@")
-_OF_FILES = ("file", "local")
+_FILE_SCHEMES = ("file", "local")
 _WEB = ("http", "https")
 # Entries of file systems, in addition to the size, of which at least one changes when a file is written again.
 _VERSIONS = (
@@ -42,7 +42,7 @@ def is_url(value: object) -> bool:
 def local_path(url: str) -> Path | None:
     """Return the path of a URL such as `file:///run`, or None for other URLs."""
     match = _URL.match(url)
-    return Path(url[match.end() :]) if match and match["scheme"].lower() in _OF_FILES else None
+    return Path(url[match.end() :]) if match and match["scheme"].lower() in _FILE_SCHEMES else None
 
 
 def absolute(label: str) -> str:

@@ -11,8 +11,8 @@ Source = Sequence[float] | int
 
 _STATISTIC = re.compile(r"(^|\.)(running|moving)_(mean|var|variance|std|avg|average)$")
 _COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
-_OF_PARAMETRIZATION = re.compile(r"^(?P<stem>(.*\.)?parametrizations\.[^.]+)\.\d+\._[uv]$")
-_OF_HOOK = re.compile(r"^(?P<stem>.*)_[uv]$")
+_PARAMETRIZATION = re.compile(r"^(?P<stem>(.*\.)?parametrizations\.[^.]+)\.\d+\._[uv]$")
+_HOOK = re.compile(r"^(?P<stem>.*)_[uv]$")
 
 
 def is_statistic(name: str) -> bool:
@@ -28,9 +28,9 @@ def spectral_vectors(names: Collection[str]) -> set[str]:
     """
     result = set()
     for name in names:
-        if match := _OF_PARAMETRIZATION.match(name):
+        if match := _PARAMETRIZATION.match(name):
             neighbors = {f"{match['stem']}.original"}
-        elif match := _OF_HOOK.match(name):
+        elif match := _HOOK.match(name):
             neighbors = {f"{match['stem']}_orig", f"{match['stem']}_bar"}
         else:
             continue

@@ -23,7 +23,7 @@ _VOCABULARIES = (
     "tekken.json",
 )
 # Settings that do not affect the meaning of the weights: types, versions, paths and options of execution.
-_INDIFFERENT = {
+_IGNORED_KEYS = {
     "_name_or_path",
     "_commit_hash",
     "architectures",
@@ -38,7 +38,7 @@ _INDIFFERENT = {
     "_diffusers_version",
 }
 # For LoRA adapters also the scalings and ranks, which an average takes into account, and settings of training.
-_INDIFFERENT_OF_LORA = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"}
+_IGNORED_LORA_KEYS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"}
 _SETS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")  # saved in any order
 _PIECE = 1 << 20
 
@@ -49,7 +49,7 @@ def differences(candidates: Sequence[Candidate]) -> Iterator[str]:
     if last is None:
         return
     config = adapter_config(candidates[-1])
-    ignored = _INDIFFERENT | (_INDIFFERENT_OF_LORA if config and config.kind == "LORA" else set())
+    ignored = _IGNORED_KEYS | (_IGNORED_LORA_KEYS if config and config.kind == "LORA" else set())
     for name in (*_CONFIGURATIONS, *_VOCABULARIES):
         difference = partial(_difference, ignored=ignored) if name in _CONFIGURATIONS else _other_vocabulary
         if not (last / name).is_file():

@@ -25,8 +25,8 @@ class Converted(CandidateProxy):
         self._conversion = conversion
         self._made = conversion.made
         self._by_stored_name = {stored: live_name for live_name, stored in candidate.stored_names.items()}
-        self._own = {name: self._by_stored_name[stored] for name, stored in conversion.names.items()}
-        self._names = sorted([*self._own, *self._made])
+        self._own_names = {name: self._by_stored_name[stored] for name, stored in conversion.names.items()}
+        self._names = sorted([*self._own_names, *self._made])
         self.stored_names = {**conversion.names, **{name: name for name in self._made}}
         self._check()
 
@@ -60,17 +60,19 @@ class Converted(CandidateProxy):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        return self._made[name].shape if name in self._made else super().shape(self._own[name])
+        return self._made[name].shape if name in self._made else super().shape(self._own_names[name])
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor in `read`."""
-        own_name = self._by_stored_name[next(iter(self._made[name].stored))] if name in self._made else self._own[name]
+        own_name = (
+            self._by_stored_name[next(iter(self._made[name].stored))] if name in self._made else self._own_names[name]
+        )
         return super().dtype(own_name)
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with the elements from `start` on."""
         if name not in self._made:
-            super().read(self._own[name], start, out)
+            super().read(self._own_names[name], start, out)
             return
         for part in self._made[name].segments.within(start, start + len(out)):
             part = part.in_source_order()
@@ -83,13 +85,13 @@ class Converted(CandidateProxy):
 
     def mapped(self, name: str) -> torch.Tensor | None:
         """Return a flat view of a whole tensor, if it is stored unchanged and the candidate can map it, else None."""
-        return super().mapped(self._own[name]) if name in self._own else None
+        return super().mapped(self._own_names[name]) if name in self._own_names else None
 
     def stored_once(self, name: str, other: str) -> bool:
         """Return whether two names refer to one tensor."""
         if name in self._made or other in self._made:
             return name == other
-        own_name, others = self._own[name], self._own[other]
+        own_name, others = self._own_names[name], self._own_names[other]
         return own_name == others or stored_once(self._candidate, own_name, others)
 
     def made(self, name: str) -> Made | None:

@@ -33,9 +33,9 @@ LOADERS = {
 }
 """The names of files of weights, in the order in which each library looks for them in a directory."""
 
-_OF_FSDP = "pytorch_model_fsdp.bin"
+_FSDP_FILE = "pytorch_model_fsdp.bin"
 """The whole model that Accelerate writes under FSDP."""
-_OF_NEMO = "weights"
+_NEMO_FOLDER = "weights"
 _FSDP_FOLDER = re.compile(r"pytorch_model(_fsdp)?_\d+")
 _FSDP_RANK = re.compile(r"pytorch_model(_fsdp)?(_\d+)?_rank\d+\.bin")
 _FURTHER_MODEL = re.compile(r"(model|pytorch_model|pytorch_model_fsdp)_[1-9]\d*\.(safetensors|bin)")
@@ -71,8 +71,8 @@ def weights_in(directory: AnyPath) -> AnyPath | None:
         )
     if known:
         return directory / next(iter(known.values()))
-    if _OF_FSDP in names:
-        return directory / _OF_FSDP
+    if _FSDP_FILE in names:
+        return directory / _FSDP_FILE
     others = [name for name in names if _is_other(name)]
     if len(indices := [name for name in others if name.endswith(INDEX)]) == 1:
         parts = set(weight_map(directory / indices[0]).values())
@@ -94,8 +94,8 @@ def sharded_in(directory: Path) -> Path | None:
         CandidateError: the directory has folders of several models or files of single ranks, or a folder is missing.
     """
     entries = sorted(directory.iterdir())
-    if is_megatron(directory / _OF_NEMO):
-        return directory / _OF_NEMO
+    if is_megatron(directory / _NEMO_FOLDER):
+        return directory / _NEMO_FOLDER
     if iteration := latest_iteration(directory):
         return iteration
     folders = [path for path in entries if _FSDP_FOLDER.fullmatch(path.name) and path.is_dir()]
@@ -116,7 +116,7 @@ def sharded_in(directory: Path) -> Path | None:
 
 def is_of_fsdp(name: str) -> bool:
     """Return whether Accelerate saves and loads weights of FSDP under this name of a file or folder."""
-    return name == _OF_FSDP or bool(_FSDP_FOLDER.fullmatch(name) or _FSDP_RANK.fullmatch(name))
+    return name == _FSDP_FILE or bool(_FSDP_FOLDER.fullmatch(name) or _FSDP_RANK.fullmatch(name))
 
 
 def unused_files(directory: Path | Url, chosen: Path | Url) -> list[str]:
@@ -124,7 +124,7 @@ def unused_files(directory: Path | Url, chosen: Path | Url) -> list[str]:
 
     Torch files of the same weights, and files of another precision (`model.fp16.safetensors`), are left out.
     """
-    if chosen.name != _OF_FSDP and not any(chosen.name in order for order in LOADERS.values()):
+    if chosen.name != _FSDP_FILE and not any(chosen.name in order for order in LOADERS.values()):
         return []
     parts = set(weight_map(chosen).values()) if chosen.name.endswith(INDEX) else set()
     other_name = chosen.name.removesuffix(INDEX) if chosen.name.endswith(INDEX) else chosen.name + INDEX

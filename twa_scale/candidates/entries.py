@@ -29,7 +29,7 @@ _BETWEEN = re.compile(r"\d+|state|inner_state|param_groups")
 """Keys between an optimizer and the kind of state or the name of a weight."""
 _SINGLE = re.compile(r"steps?|count|lr|betas|eps|weight_decay|loss_scale")
 """State that optimizers keep once, not for each weight."""
-_MOST = 0.9  # the fraction of tensors below a key that must be state for an optimizer
+_MIN_FRACTION = 0.9  # the fraction of tensors below a key that must be state for an optimizer
 
 Keys = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -115,7 +115,7 @@ def optimizer_entries(names: Sequence[str]) -> set[str]:
         }
         if copies and not named.isdisjoint(members):
             result.update(members)
-        elif states and len(states) >= _MOST * len(states | (set(members) - single)):
+        elif states and len(states) >= _MIN_FRACTION * len(states | (set(members) - single)):
             result.update(states | single)
     return result
 

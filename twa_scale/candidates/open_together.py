@@ -66,7 +66,7 @@ def _resolved(spec: Spec, group: Group, minimum: int, select: SelectConfig | Non
     """Return the sources of this rank, which are those of the first rank if all ranks have the same `spec`."""
     with group.agree():
         items: Any = spec_items(spec)  # a list: `spec` may be a generator
-        inputs = {i: _given(item) for i, item in enumerate(items)}
+        inputs = {i: _checked_item(item) for i, item in enumerate(items)}
     other = first_difference(group, inputs)
     sources: list[Source] = []
     with group.agree():
@@ -79,7 +79,7 @@ def _resolved(spec: Spec, group: Group, minimum: int, select: SelectConfig | Non
     return [next(state_dicts) if path is None else path for path in shared_sources]
 
 
-def _given(item: object) -> str:
+def _checked_item(item: object) -> str:
     """Return a name of an item that ranks can compare: ranks may have different working directories."""
     if not isinstance(item, str | Path):
         return "a state dict"

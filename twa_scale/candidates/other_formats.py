@@ -12,7 +12,7 @@ _AS_TORCH = "Convert it to PyTorch, and save that model"
 _ORIGINAL = "Give the weights from which it was converted"
 _EXTRACT = "Extract it, and give the directory or the file of weights in it"
 _WEB_PAGE = ("a web page, not weights; its download has failed", "Download it again")
-_OF_NAMES = (
+_FORMATS_BY_NAME = (
     ("*.gguf", "a file of llama.cpp (GGUF)", _ORIGINAL),
     ("*.ggml", "a file of llama.cpp (GGML)", _ORIGINAL),
     (
@@ -55,7 +55,7 @@ _ZIP = b"PK\x03\x04"
 _ALSO_TORCH = (".tar", ".pkl", ".pickle")
 """Names of other formats under which programs also write with torch.save, which makes a zip archive."""
 
-_OF_CONTENTS = (
+_FORMATS_BY_CONTENT = (
     (b"version ", "a Git LFS pointer, not the weights", "Fetch them with `git lfs pull`"),
     (b"gguf", "a file of llama.cpp (GGUF)", _ORIGINAL),
     (b"\x89hdf", "a file of Keras or TensorFlow (HDF5)", _AS_TORCH),
@@ -72,7 +72,7 @@ def named_format(paths: Iterable[Path | Url]) -> str | None:
     The content of local files is also checked, because torch.save writes files of any name, such as `model.tar`.
     """
     for path in paths:
-        for pattern, format_name, fix in _OF_NAMES:
+        for pattern, format_name, fix in _FORMATS_BY_NAME:
             if fnmatch(path.name.lower(), pattern.lower()):
                 if path.suffix.lower() in _ALSO_TORCH and _is_zip(path):
                     return (
@@ -103,7 +103,7 @@ def format_of(head: bytes | bytearray, size: int, *, safetensors: bool) -> str |
     """
     if not size:
         return "is empty. Copy it again, or leave this candidate out."
-    for start, format_name, fix in _OF_CONTENTS:
+    for start, format_name, fix in _FORMATS_BY_CONTENT:
         if head.lower().startswith(start):
             return f"is {format_name}. {fix}."
     is_archive = head.startswith(_ZIP)

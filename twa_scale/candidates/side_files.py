@@ -51,7 +51,7 @@ _STATE = (
 )
 """The state and the records of the training that wrote the candidate."""
 _CODE = re.compile(r".*\.(py|pyc|pyd|so|dll|dylib|sh|ipynb)", re.IGNORECASE)
-_OF_DEEPSPEED = ("zero_to_fp32.py", "zero_to_torch.py")  # scripts that only read checkpoints of DeepSpeed
+_DEEPSPEED_FILES = ("zero_to_fp32.py", "zero_to_torch.py")  # scripts that only read checkpoints of DeepSpeed
 NO_FOLDER = ("__pycache__", "runs", "logs", "wandb")
 """Folders that are never copied."""
 
@@ -91,7 +91,7 @@ class _FileScan:
     code: bool
     content: dict[str, bytes] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    _seen: int = 0
+    _num_entries: int = 0
     _total: int = 0
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class _FileScan:
             return
         for path in entries:
             name = str(path.relative_to(self.directory))
-            self._seen += bool(depth)
+            self._num_entries += bool(depth)
             if path.is_dir():
                 folders.append((name, path))
             elif self._wanted(name, path.name):
@@ -150,7 +150,7 @@ class _FileScan:
             return False
         if path.is_symlink():
             self.left_out[_LINK].append(name)
-        elif depth == MAX_DEPTH or self._seen > _MAX_ENTRIES:
+        elif depth == MAX_DEPTH or self._num_entries > _MAX_ENTRIES:
             self.left_out["more folders or files than small files have"].append(name)
         elif not self._holds_weights(path):
             return True
@@ -160,8 +160,8 @@ class _FileScan:
 
     def _holds_weights(self, folder: Path) -> bool:
         for _, folders, files in os.walk(folder):
-            self._seen += len(folders) + len(files)
-            if self._seen > _MAX_ENTRIES:
+            self._num_entries += len(folders) + len(files)
+            if self._num_entries > _MAX_ENTRIES:
                 return False  # `_enter` skips it for the number of entries
             if any(_WEIGHTS.fullmatch(name) for name in files):
                 return True
@@ -170,7 +170,7 @@ class _FileScan:
 
 def may_be_carried(name: str) -> bool:
     """Return whether a file is neither hidden, nor weights, nor the state of a training, by its name."""
-    if name.startswith(".") or name in _OF_DEEPSPEED or _WEIGHTS.fullmatch(name):
+    if name.startswith(".") or name in _DEEPSPEED_FILES or _WEIGHTS.fullmatch(name):
         return False
     return not any(fnmatch(name, pattern) for pattern in _STATE)
 

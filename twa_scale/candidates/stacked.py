@@ -9,7 +9,7 @@ from typing import Any
 from twa_scale.candidates.prefixes import Tensors
 from twa_scale.errors import CandidateError
 
-_MOST_NUMBERS = 4  # numbers in a name
+_MAX_NUMBERS = 4  # numbers in a name
 
 
 def unstacked(tensors: Tensors, known: Collection[str], label: str) -> dict[str, Tensors]:
@@ -38,7 +38,7 @@ def unstacked(tensors: Tensors, known: Collection[str], label: str) -> dict[str,
         sizes = tuple(tensor.shape[:dims])
         is_complete = all(len(index) == dims and all(map(int.__lt__, index, sizes)) for index in names)
         if is_complete and len(sizes) == dims and len(names) == prod(sizes):
-            stacks[stacked] = {name: _at(tensor, index) for index, name in names.items()}
+            stacks[stacked] = {name: _expert_of(tensor, index) for index, name in names.items()}
     _require_one_holder(stacks, label)
     return stacks
 
@@ -57,14 +57,14 @@ def _require_one_holder(stacks: Mapping[str, Collection[str]], label: str) -> No
 def _without_numbers(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield a name without some of the numbers in it, and those numbers."""
     parts = name.split(".")
-    positions = [i for i, part in enumerate(parts) if part.isascii() and part.isdecimal()][:_MOST_NUMBERS]
+    positions = [i for i, part in enumerate(parts) if part.isascii() and part.isdecimal()][:_MAX_NUMBERS]
     for count in range(1, len(positions) + 1):
         for left_out in combinations(positions, count):
             rest = ".".join(part for i, part in enumerate(parts) if i not in left_out)
             yield rest, tuple(int(parts[i]) for i in left_out)
 
 
-def _at(tensor: Any, index: tuple[int, ...]) -> Any:
+def _expert_of(tensor: Any, index: tuple[int, ...]) -> Any:
     for i in index:
         tensor = tensor.select(0, i)
     return tensor

@@ -19,12 +19,12 @@ _SCALES = {"": 1, "k": 1_000, "m": 1_000_000}
 _NUMBER = (
     r"(?P<number>\d+)(?P<scale>[kKmM]?)(?![A-Za-z0-9]|\.\d)"  # neither the "4B" of tokens nor the "0.25" of a loss
 )
-_KEYED = [
+_STEP_PATTERNS = [
     re.compile(rf"(?<![A-Za-z])({words})[-_=. ]?{_NUMBER}", re.IGNORECASE)
     for words in ("global[-_]?steps?|steps?", "iter|iters|iterations?", "checkpoint|ckpt", "epochs?")
 ]
 """Words before the number of a step. In a name with several, such as `epoch=3-step=900`, the first kind is used."""
-_BARE = re.compile(rf"(?<![A-Za-z0-9.]){_NUMBER}")
+_NUMBER_PATTERN = re.compile(rf"(?<![A-Za-z0-9.]){_NUMBER}")
 _COPY = re.compile(r"(.*[-_.])?(best|last|latest)([-_.]v?\d+)?(\.[a-z.]+)?", re.IGNORECASE)
 
 
@@ -41,11 +41,11 @@ def step_of(path: Path | Url, parents: int = 3) -> int | None:
     ancestors: Sequence[Path | Url] = path.parents
     names = [path.name, *(parent.name for parent in list(ancestors)[:parents])]
     for name in names:
-        for pattern in _KEYED:
+        for pattern in _STEP_PATTERNS:
             if match := pattern.search(name):
                 return _value(match)
     for name in names:
-        if len(bare := list(_BARE.finditer(name))) == 1:
+        if len(bare := list(_NUMBER_PATTERN.finditer(name))) == 1:
             return _value(bare[0])
     return None
 
@@ -63,7 +63,7 @@ def is_copy(path: Path | Url) -> bool:
 
 def has_step_number(path: Path | Url) -> bool:
     """Return whether a name has the number of a step after a word such as `step` or `checkpoint`."""
-    return any(pattern.search(path.name) for pattern in _KEYED)
+    return any(pattern.search(path.name) for pattern in _STEP_PATTERNS)
 
 
 def _value(match: re.Match[str]) -> int:

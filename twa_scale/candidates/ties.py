@@ -45,7 +45,7 @@ def complete(candidates: Sequence[Candidate], ties: Ties | None) -> tuple[list[C
         for name in missing:
             if ties is None:
                 is_few = len(missing) <= _MAX_MISSING
-                equal_name = _equal_elsewhere(name, candidate, candidates, stored_names) if is_few else None
+                equal_name = _find_equal_tensor(name, candidate, candidates, stored_names) if is_few else None
             else:
                 group = next((group for group in ties if name in group), ())
                 equal_name = next((other for other in group if other in names), None)
@@ -76,7 +76,7 @@ def has_tied_embeddings(candidate: Candidate) -> bool:
     return settings_of(candidate).get("tie_word_embeddings") is True
 
 
-def _equal_elsewhere(
+def _find_equal_tensor(
     name: str, candidate: Candidate, candidates: Sequence[Candidate], stored_names: Sequence[set[str]]
 ) -> str | None:
     """Return a tensor of `candidate` that is equal to the tensor `name` in all candidates that have both, else None.

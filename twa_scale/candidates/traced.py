@@ -15,7 +15,7 @@ import torch
 from twa_scale.candidates.conversion import Shape, row_major
 from twa_scale.candidates.segments import Position, Segment
 
-_MOST_PARTS = 1 << 20  # parts of one tensor
+_MAX_PARTS = 1 << 20  # parts of one tensor
 
 
 class CannotTrace(Exception):
@@ -74,7 +74,7 @@ class Traced(torch.Tensor):
         make: Any = torch.Tensor._make_wrapper_subclass  # its type annotations are wrong
         made: Traced = make(cls, shape, dtype=dtype, device="meta")
         made.parts = tuple(parts)
-        if len(made.parts) > _MOST_PARTS:
+        if len(made.parts) > _MAX_PARTS:
             raise CannotTrace(f"a tensor in {len(made.parts)} parts")
         return made
 

@@ -17,8 +17,8 @@ _FUNCTIONS = {
     "revert_weight_conversion": "core_model_loading",  # reads `_weight_conversions` of models
     "WeightConverter": "core_model_loading",
 }
-_OF_CONVERTERS = ("add_tensor", "collected_tensors", "convert", "layer_targets", "operations", "source_patterns")
-_OF_MODELS = ("base_model_prefix", "config")  # and `_keys_to_ignore_on_load_unexpected`, if a class has it
+_CONVERTER_ATTRIBUTES = ("add_tensor", "collected_tensors", "convert", "layer_targets", "operations", "source_patterns")
+_MODEL_ATTRIBUTES = ("base_model_prefix", "config")  # and `_keys_to_ignore_on_load_unexpected`, if a class has it
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def transformers_api(model: object) -> TransformersApi:
         home = import_module(f"{LIBRARY}.{module}")
         _require(home, f"{LIBRARY}.{module}", name)
         functions[name] = getattr(home, name)
-    for name in _OF_CONVERTERS:
+    for name in _CONVERTER_ATTRIBUTES:
         _require(functions["WeightConverter"], "WeightConverter", name)
-    for name in _OF_MODELS:
+    for name in _MODEL_ATTRIBUTES:
         _require(model, "the model", name)
     return TransformersApi(**functions)
 

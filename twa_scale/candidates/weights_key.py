@@ -10,7 +10,7 @@ from twa_scale.candidates.entries import Keys, Shape, is_optimizer_entry
 from twa_scale.candidates.formats.megatron import without_chain
 from twa_scale.errors import CandidateError
 
-OF_LIGHTNING = "current_model_state"
+LIGHTNING_AVERAGE = "current_model_state"
 """The key of the weights of the training in files of Lightning's WeightAveraging."""
 USUAL_KEYS = ("app", "state_dict", "model", "model_state_dict", "module")
 
@@ -41,7 +41,7 @@ class WeightsKey:
         """The names of objects, lists and dicts among the weights that `ignore` leaves out."""
         self._ignore = ignore
         self._parameters = parameters or {}
-        self._said: dict[str, list[str]] = defaultdict(list)
+        self._notices: dict[str, list[str]] = defaultdict(list)
         """The labels of candidates, by the notice about them."""
 
     def choose(
@@ -68,14 +68,14 @@ class WeightsKey:
         paths = {path: path for path in shapes} if self.key is None else self._under_key(shapes, label, objects)
         weights = _descend(paths)
         if not weights:
-            raise _nothing_found(shapes, label, objects)
+            raise _not_found_error(shapes, label, objects)
         chosen = next(iter(weights.values()))[:-1]
         containers = _containers(chosen, shapes)
         others = {path: shape for path, shape in shapes.items() if path[: len(chosen) + 1] not in containers}
-        if _most_below(chosen, others, objects) > len(
+        if _max_below(chosen, others, objects) > len(
             weights
         ):  # for example a loss next to the weights under another key
-            raise _nothing_found(shapes, label, objects, other_tensors=list(weights))
+            raise _not_found_error(shapes, label, objects, other_tensors=list(weights))
         self._refuse_objects({path[-1]: item for path, item in objects.items() if path[:-1] == chosen}, label)
         self._refuse_containers({path[-1] for path in containers}, label)
         if (items := items_of(weights)) is not None:
@@ -119,7 +119,7 @@ class WeightsKey:
                 )
         arrays = [name for name, item in others.items() if not item.shapes and name not in self.ignored]
         if arrays:
-            self._said[f"{quoted(arrays)} among the weights are not torch tensors, and are not read."].append(label)
+            self._notices[f"{quoted(arrays)} among the weights are not torch tensors, and are not read."].append(label)
 
     def _refuse_containers(self, names: Set[str], label: str) -> None:
         """Refuse lists in which quantized modules of torch keep their weights; report others, which are not read."""
@@ -132,7 +132,7 @@ class WeightsKey:
                 "before quantization."
             )
         if rest := sorted(names - ignored):
-            self._said[
+            self._notices[
                 f"{quoted(rest)} among the weights are lists or dicts of tensors, such as the state of a metric, and "
                 "are not read."
             ].append(label)
@@ -153,7 +153,7 @@ class WeightsKey:
                 reason = f"{wrong} {source}"
             elif names:
                 others = "; all other tensors are those next to it" if rest else ""
-                self._said[
+                self._notices[
                     f"the list {location!r} has no names: its {len(items)} tensors are taken for the parameters "
                     f"{source}, in their order, which have the same shapes{others}."
                 ].append(label)
@@ -177,20 +177,20 @@ class WeightsKey:
         sets |= {path: item.shapes for path, item in objects.items() if not is_optimizer_entry(path)}
         similar = [".".join(path) for path, item in sets.items() if _are_similar(item, wanted)]
         if similar:
-            detail = ", the averages that Lightning's WeightAveraging keeps" if OF_LIGHTNING in similar else ""
+            detail = ", the averages that Lightning's WeightAveraging keeps" if LIGHTNING_AVERAGE in similar else ""
             location = ".".join(chosen) or "the top level"
-            self._said[
+            self._notices[
                 f"the weights are those under {location!r}{detail}; tensors of the same shapes are "
                 f"also under {quoted(similar)}. Set `weights_key` to read those."
             ].append(label)
 
     def notices(self) -> Iterator[str]:
         """Yield the collected notices, each with the labels of its candidates."""
-        for line, labels in self._said.items():
+        for line, labels in self._notices.items():
             yield f"{and_more(labels)}: {line}"
 
 
-def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Keys, StateObject]) -> int:
+def _max_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Keys, StateObject]) -> int:
     """Return the largest number of tensors under one key below `chosen`, without those directly under `chosen`."""
     depth = len(chosen)
     counts: Counter[str] = Counter()
@@ -219,7 +219,7 @@ def _containers(chosen: Keys, shapes: Mapping[Keys, Shape]) -> set[Keys]:
     }
 
 
-def _nothing_found(
+def _not_found_error(
     shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, StateObject], other_tensors: Sequence[str] = ()
 ) -> CandidateError:
     """Return the error for a file whose weights are not found. `other_tensors` are too few to be weights."""

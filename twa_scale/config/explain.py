@@ -12,7 +12,7 @@ from twa_scale.base.inputs import brief
 from twa_scale.base.names import nearest
 
 _BRANCHES = ("str", "int", "float")
-_SHOULD_BE = "Input should be "
+_EXPECTED = "Input should be "
 
 Location = tuple[str | int, ...]
 
@@ -48,12 +48,12 @@ def _key(location: Location) -> Location:
 
 def _united(errors: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Return the errors of the branches of a union as one error, unless some belong to the branch that was meant."""
-    meant = [error for error in errors if not error["msg"].startswith(_SHOULD_BE) or _is_inside(error["loc"])]
+    meant = [error for error in errors if not error["msg"].startswith(_EXPECTED) or _is_inside(error["loc"])]
     if len(errors) == 1 or meant:
         return meant or errors
-    rules = dict.fromkeys(error["msg"].removeprefix(_SHOULD_BE) for error in errors)
+    rules = dict.fromkeys(error["msg"].removeprefix(_EXPECTED) for error in errors)
     first = next((error for error in errors if error["type"] == "literal_error"), errors[0])
-    return [{**first, "msg": _SHOULD_BE + " or ".join(rules)}]
+    return [{**first, "msg": _EXPECTED + " or ".join(rules)}]
 
 
 def _is_inside(location: Location) -> bool:

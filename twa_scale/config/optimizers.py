@@ -28,7 +28,7 @@ OPTIONS = {
     "sgd": "momentum dampening weight_decay nesterov foreach fused maximize",
 }
 """The options by lower-case name, without those that need autograd or a GPU: the coefficients are on the CPU."""
-_UNFIT = {
+_UNSUPPORTED = {
     "lbfgs": "it evaluates the loss several times in a step, through a closure, but a step has one gradient here",
     "sparseadam": "it needs sparse gradients, but those of coefficients are dense",
 }
@@ -88,7 +88,7 @@ def check_name(name: str) -> None:
     Raises:
         ValueError: names the reason; pydantic adds the key.
     """
-    if reason := _UNFIT.get(name.lower()):
+    if reason := _UNSUPPORTED.get(name.lower()):
         raise ValueError(f"{name!r} cannot train coefficients: {reason}; use adamw or sgd")
     if name.lower() not in OPTIONS:
         raise ValueError(f"{name!r} is not one of {', '.join(OPTIONS)}")

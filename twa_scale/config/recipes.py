@@ -53,13 +53,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-_FITS = {
+_DEPENDS_ON = {
     "groups": ("basis",),
     "optimizer": ("optimizer.name", "units"),
     "schedule": ("schedule.name",),
 }
 """Settings that a recipe sets only together with its own values of other settings, to which they belong."""
-_ONE_OF = {
+_EXCLUSIVE = {
     "steps": "epochs",
     "epochs": "steps",
     "schedule.milestones": "schedule.every",
@@ -77,14 +77,14 @@ def filled(data: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     recipe = RECIPES.get(data["recipe"], {}) if isinstance(data.get("recipe"), str) else {}
     result = dict(data)
     for key, value in recipe.items():
-        if key not in known or not _fits(key, data, recipe) or data.get(_ONE_OF.get(key, "")) is not None:
+        if key not in known or not _fits(key, data, recipe) or data.get(_EXCLUSIVE.get(key, "")) is not None:
             continue
         if not isinstance(value, dict):
-            if key not in data or (key in _ONE_OF and data[key] is None):
+            if key not in data or (key in _EXCLUSIVE and data[key] is None):
                 result[key] = value
-        elif (section := _given(data.get(key, {}))) is not None:
+        elif (section := _given_settings(data.get(key, {}))) is not None:
             left = {
-                name: item for name, item in value.items() if _value(data, _ONE_OF.get(f"{key}.{name}", "")) is None
+                name: item for name, item in value.items() if _value(data, _EXCLUSIVE.get(f"{key}.{name}", "")) is None
             }
             result[key] = {**left, **section}
     return result
@@ -108,7 +108,7 @@ def recipe_line(config: BaseModel) -> str:
 
 def _fits(key: str, data: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
     """Return whether the settings to which `key` belongs are not given, or have the values of the recipe."""
-    others = ((_value(data, other), _value(recipe, other)) for other in _FITS.get(key, ()))
+    others = ((_value(data, other), _value(recipe, other)) for other in _DEPENDS_ON.get(key, ()))
     return all(current is None or str(current).lower() == str(required) for current, required in others)
 
 
@@ -118,11 +118,11 @@ def _value(data: Mapping[str, Any], key: str) -> Any:
     value = data.get(first)
     if not rest:
         return value
-    section = _given(value)
+    section = _given_settings(value)
     return section.get(rest) if section is not None else None
 
 
-def _given(section: Any) -> dict[str, Any] | None:
+def _given_settings(section: Any) -> dict[str, Any] | None:
     """Return the given keys of a section, or None if it is not a section, which validation refuses."""
     if isinstance(section, BaseModel):
         return {name: getattr(section, name) for name in section.model_fields_set}

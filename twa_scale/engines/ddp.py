@@ -37,7 +37,7 @@ class DDPEngine(Engine):
         self._model = model
         parameters, self.parameters = named_parameters(model)
         require_separate(parameters)
-        self._whole, self._locations = parameters, parameter_locations(model)
+        self._replicated, self._locations = parameters, parameter_locations(model)
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)
         self.replica_group = replica_group
@@ -67,7 +67,7 @@ class DDPEngine(Engine):
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of each parameter's memory."""
         require_same_parameters(self._locations)
-        return {name: memory_version(self._whole[name]) for name in names}
+        return {name: memory_version(self._replicated[name]) for name in names}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers."""

@@ -73,7 +73,7 @@ class FSDP2Engine(Engine):
             spans = {name: mesh.span(name, p) for name, p in self._sharded.items()}
         self._assign_owners(mesh, spans)
         replicated = {name: p for name, p in parameters.items() if name not in self._sharded}
-        self._whole = ReplicatedParameters(replicated, self.shard_group)
+        self._unsharded = ReplicatedParameters(replicated, self.shard_group)
         self.device = next(iter(self._local.values())).device
         self._consume: Consume | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle | PreparingUnshard] = []
@@ -98,19 +98,19 @@ class FSDP2Engine(Engine):
 
     def spans(self) -> list[Span]:
         """Return the part of every parameter that this rank owns, some of them empty."""
-        return [*(self._owned[name][0] for name in self._sharded), *self._whole.spans()]
+        return [*(self._owned[name][0] for name in self._sharded), *self._unsharded.spans()]
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of the local shard."""
         if span.name not in self._owned:
-            return self._whole.live(span)
+            return self._unsharded.live(span)
         _, start, stop = self._owned[span.name]
         return self._local[span.name][start:stop]
 
     def publish(self, names: Collection[str]) -> None:
         """Gather the parts that several ranks hold, and reshard, so that the next forward pass gathers again."""
         self._reshard()
-        for replicated in (*self._replicated, self._whole):
+        for replicated in (*self._replicated, self._unsharded):
             replicated.publish(names)
 
     def sharded(self, span: Span, values: torch.Tensor) -> torch.Tensor | None:
@@ -166,7 +166,7 @@ class FSDP2Engine(Engine):
         versions = {
             name: (memory_version(local), number_of_writes(self._sharded[name])) for name, local in shards.items()
         }
-        return versions | self._whole.changed(names)
+        return versions | self._unsharded.changed(names)
 
     def _gathered(self) -> set[int]:
         """Return the ids of the parameters with which FSDP2 replaces its own from forward to backward."""
@@ -211,7 +211,7 @@ class FSDP2Engine(Engine):
         """
         gathered = [getattr(p, "_unsharded_param", None) for group in self._groups for p in group.fsdp_params]
         sharded = [p for p in (*self._sharded.values(), *gathered) if p is not None and p.requires_grad]
-        replicated = [p for p in self._whole.parameters() if p.requires_grad]
+        replicated = [p for p in self._unsharded.parameters() if p.requires_grad]
         return register_gradient_hooks(call, replicated) + [
             cast(torch.Tensor, p).register_post_accumulate_grad_hook(lambda _: call()) for p in sharded
         ]
@@ -225,7 +225,7 @@ class FSDP2Engine(Engine):
         assert self._consume is not None
         # Collective, so before code that can fail on one rank. Without FSDP2 every rank computes the same gradient of
         # these parameters.
-        self._whole.consume(self._consume, averaged=not self._wrapped)
+        self._unsharded.consume(self._consume, averaged=not self._wrapped)
         if next(self._unreduced(), None) is not None:
             raise EngineError(
                 "FSDP2 holds gradients that it has not reduced; call set_requires_gradient_sync(True), and "
@@ -237,7 +237,7 @@ class FSDP2Engine(Engine):
 
     def forget(self) -> None:
         """Drop the pending gradients, including those that FSDP2 has not reduced."""
-        self._whole.forget()
+        self._unsharded.forget()
         for parameter in self._sharded.values():
             parameter.grad = None
         for holder, attribute in list(self._unreduced()):

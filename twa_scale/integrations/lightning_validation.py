@@ -14,7 +14,7 @@ except ImportError:  # the same classes in separate packages
     from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
     from pytorch_lightning.utilities.seed import isolate_rng
 
-_OF_EVERY_VALIDATION = {"step", "epoch"}
+_COMMON_METRICS = {"step", "epoch"}
 
 
 class _Prefixed(_LoggerConnector):  # type: ignore[misc]
@@ -28,9 +28,7 @@ class _Prefixed(_LoggerConnector):  # type: ignore[misc]
         super().log_metrics(self.named(metrics), step)
 
     def named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name if name in _OF_EVERY_VALIDATION else f"{self._prefix}_{name}": value for name, value in metrics.items()
-        }
+        return {name if name in _COMMON_METRICS else f"{self._prefix}_{name}": value for name, value in metrics.items()}
 
 
 def validate_once_more(

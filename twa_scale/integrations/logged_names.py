@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_OF_EVERY_TRAINER = {"epoch", "num_input_tokens_seen"}
+_COMMON_METRICS = {"epoch", "num_input_tokens_seen"}
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def added_metrics_as(trainer: Any, prefix: str) -> Iterator[None]:
         names.clear()
 
     def rename(args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> Any:
-        for name in logs.keys() - names - _OF_EVERY_TRAINER:
+        for name in logs.keys() - names - _COMMON_METRICS:
             for entry in (logs, state.log_history[-1]):
                 entry[f"{prefix}_{name.removeprefix('eval_')}"] = entry.pop(name)
         return on_log(args, state, control, logs, **kwargs)

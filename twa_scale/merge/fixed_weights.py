@@ -91,7 +91,7 @@ def average_fixed(
     options |= {"--space": space, "--rank": rank}
     options |= {f"--{key.replace('_', '-')}": value for key, value in select.model_dump().items()}
     require_same_settings(group, options)
-    weights_given = _given(explicit, weights, select)
+    weights_given = _explicit_weights(explicit, weights, select)
     opened = open_together(paths, group, 1, wanted, select)
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
@@ -162,7 +162,7 @@ def _combination(
     return Combination(source, units=units)
 
 
-def _given(explicit: list[float] | None, weights: Center | None, select: SelectConfig) -> Center:
+def _explicit_weights(explicit: list[float] | None, weights: Center | None, select: SelectConfig) -> Center:
     """Return the weights from the paths or from `weights`, or the default.
 
     Raises:

@@ -16,7 +16,9 @@ from twa_scale.ranks import Group
 
 _LOG = logging.getLogger(__name__)
 _POLL = 0.2  # seconds between two checks of the markers of other ranks
-_GRACE = 120.0  # seconds without progress of other ranks, after which a program at its end stops waiting for them
+_WAIT_SECONDS = (
+    120.0  # seconds without progress of other ranks, after which a program at its end stops waiting for them
+)
 
 
 class BackgroundWrite:
@@ -127,7 +129,7 @@ class BackgroundWrite:
                 return not any(name.startswith(".failed-") for name in times)
             if times != progress or threading.main_thread().is_alive():
                 progress, last_change = times, time.monotonic()
-            if time.monotonic() - last_change > _GRACE:
+            if time.monotonic() - last_change > _WAIT_SECONDS:
                 _LOG.warning("%s: not published, because other ranks have not written their part", self._writer.target)
                 return False
         return self._all_wrote

@@ -13,18 +13,18 @@ from twa_scale.base.inputs import parse_json
 from twa_scale.base.names import plural, without_common_folders
 
 CARD = "README.md"
-OF_WINDOW = "the snapshot of step "
+SNAPSHOT_LABEL = "the snapshot of step "
 """The start of the labels of snapshots that a window holds, which are in no files."""
 _MARKS = "<!-- twa_scale: begin -->", "<!-- twa_scale: end -->"
 _OWN_CARD = re.compile(rf"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}\n?", re.DOTALL)
-_WHOLLY_OWN = re.compile(rf"---\n(?:(?!---).)*- twa_scale\n---\s*{_OWN_CARD.pattern}\s*", re.DOTALL)
+_WHOLE_OWN_CARD = re.compile(rf"---\n(?:(?!---).)*- twa_scale\n---\s*{_OWN_CARD.pattern}\s*", re.DOTALL)
 """A card of this program that nobody has changed. The metadata end with its last tag."""
 READ = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
 """Files with the library that loads the weights, and with the base model."""
 _BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
 _REPOSITORY = re.compile(r"(?!.*(--|\.\.))[\w][\w.-]*/[\w][\w.-]*[\w]")
 _IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
-_MOST_ROWS = 200
+_MAX_ROWS = 200
 
 
 def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any], tags: Sequence[str] = ()) -> dict[str, bytes]:
@@ -42,7 +42,7 @@ def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any], tags: Seque
         carried = files.get(CARD, b"").decode()
     except UnicodeDecodeError:
         return dict(files)
-    is_new = not carried.strip() or _WHOLLY_OWN.fullmatch(carried) is not None
+    is_new = not carried.strip() or _WHOLE_OWN_CARD.fullmatch(carried) is not None
     section = f"{_MARKS[0]}\n{_section(origin, is_carried=not is_new)}\n{_MARKS[1]}\n"
     if is_new:
         metadata = yaml.safe_dump(_metadata(files, origin, tags), sort_keys=False, allow_unicode=True)
@@ -115,7 +115,7 @@ def _section(origin: Mapping[str, Any], *, is_carried: bool) -> str:
         parts.append("`twa_scale.json` beside the weights has all coefficients and settings.")
     elif "ema" in origin:
         parts.append("`twa_scale.json` beside the weights has the settings.")
-    if candidates and all(label.startswith(OF_WINDOW) for label in candidates):
+    if candidates and all(label.startswith(SNAPSHOT_LABEL) for label in candidates):
         parts.append("The checkpoints were held in memory during the training, and are in no files.")
     elif command := _command(names, coefficients, origin):
         parts.append(f"An average with the same coefficients, in the folder of the checkpoints:\n\n{command}")
@@ -173,12 +173,12 @@ def _table(names: Sequence[str], coefficients: Sequence[Sequence[float]], elemen
     columns = ["mean coefficient", "smallest", "largest"] if several else ["coefficient"]
     lines = [f"| checkpoint | {' | '.join(columns)} |", "| --- |" + " --: |" * len(columns)]
     shares = elements if elements and sum(elements) else [1] * len(coefficients[0])
-    for name, row in list(zip(names, coefficients, strict=True))[:_MOST_ROWS]:
+    for name, row in list(zip(names, coefficients, strict=True))[:_MAX_ROWS]:
         mean = sum(a * share for a, share in zip(row, shares, strict=True)) / sum(shares)
         numbers = [mean, min(row), max(row)] if several else [mean]
         lines.append(f"| {_code(name)} | {' | '.join(f'{number:.6g}' for number in numbers)} |")
-    if len(names) > _MOST_ROWS:
-        lines.append(f"| and {len(names) - _MOST_ROWS} more |{' |' * len(columns)}")
+    if len(names) > _MAX_ROWS:
+        lines.append(f"| and {len(names) - _MAX_ROWS} more |{' |' * len(columns)}")
     return "\n".join(lines)
 
 

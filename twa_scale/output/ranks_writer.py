@@ -11,7 +11,7 @@ from twa_scale.errors import CandidateError, OutputError
 from twa_scale.output.disk import OpenFile
 from twa_scale.output.file_layout import TensorSpec, parse_size
 from twa_scale.output.finite import require_finite
-from twa_scale.output.formats import OutputFormat, Place, SafetensorsFormat, WeightFiles
+from twa_scale.output.formats import OutputFormat, PlaceFunction, SafetensorsFormat, WeightFiles
 from twa_scale.output.formats.copying import Copy, copy_file, version_of
 from twa_scale.output.overwriting import check_replaceable
 from twa_scale.output.provenance import with_signatures
@@ -51,7 +51,7 @@ class Writer:
         self.directory = directory
         """The directory of the files before they are published."""
         self._weights = files
-        self._place = _opened(files, directory, target)
+        self._runs_of = _opened(files, directory, target)
         self._temporary = temporary
         self._overwrite = overwrite
         self._copied = copied
@@ -84,7 +84,7 @@ class Writer:
                 require_finite(piece, part, stored, allow_infinite=allow_infinite)
                 for start, stop in piece.runs():
                     run, stored = stored[: stop - start], stored[stop - start :]
-                    for file, at, data in self._place(span.name, start, run):
+                    for file, at, data in self._runs_of(span.name, start, run):
                         self._file(file).write(data, at)
         self.elements[span.name] += len(span)
 
@@ -308,7 +308,7 @@ def _copy(copies: Sequence[Copy], target: Path, directory: Path, group: Group) -
                 copy_file(copy, directory)
 
 
-def _opened(files: WeightFiles, directory: Path, target: Path) -> Place:
+def _opened(files: WeightFiles, directory: Path, target: Path) -> PlaceFunction:
     try:
         return files.open(directory)
     except CandidateError as error:

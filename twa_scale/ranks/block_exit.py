@@ -8,7 +8,7 @@ from twa_scale.errors import RankError
 from twa_scale.ranks.failures import call_with_timeout, connect_to_store
 from twa_scale.ranks.group import Group
 
-_PATIENCE = 5.0  # seconds that other ranks have to leave a block after one has left it with an error
+_WAIT_SECONDS = 5.0  # seconds that other ranks have to leave a block after one has left it with an error
 _POLL = 0.05
 
 
@@ -38,8 +38,8 @@ class BlockExits:
 
         If they do not, record that this rank takes part in no further collective.
         """
-        deadline = time.monotonic() + _PATIENCE
-        left = call_with_timeout(lambda: self._wait(deadline), 2 * _PATIENCE)
+        deadline = time.monotonic() + _WAIT_SECONDS
+        left = call_with_timeout(lambda: self._wait(deadline), 2 * _WAIT_SECONDS)
         if not left:
             self.give_up()
         return bool(left)

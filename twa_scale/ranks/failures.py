@@ -18,7 +18,7 @@ _BEATS_PER_TIMEOUT = 20
 _MIN_INTERVAL, _MAX_INTERVAL = 0.2, 5.0  # seconds between two heartbeats
 _BROKEN = ("gloo", "NCCL", "caused pair closure")  # texts in errors of collectives, which have no special type
 _STORE_OWNER = "rank 0, whose process or launcher holds the store of all ranks"
-_PATIENCE = 5.0  # seconds for one exchange with the store or between ranks
+_WAIT_SECONDS = 5.0  # seconds for one exchange with the store or between ranks
 
 
 class Heartbeat:
@@ -93,7 +93,7 @@ def _explanation(error: RuntimeError, group: dist.ProcessGroup | None) -> str:
     """Return a message that names the missing ranks, from what all ranks have written to the store."""
     me = dist.get_rank()
     others = [rank for rank in dist.get_process_group_ranks(group or dist.group.WORLD) if rank != me]
-    cause = call_with_timeout(lambda: _cause(others), 5 * _PATIENCE) or f"{_STORE_OWNER}, does not answer"
+    cause = call_with_timeout(lambda: _cause(others), 5 * _WAIT_SECONDS) or f"{_STORE_OWNER}, does not answer"
     original = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])  # without gloo's source location
     return f"rank {me} could not complete a collective: {cause}. ({original.partition('. ')[0]})"
 
@@ -109,7 +109,7 @@ def _cause(others: Sequence[int]) -> str:
         cause = _cause_in_store(others, store)
         store.set(_key("informed", dist.get_rank()), "")
         if dist.get_rank() == 0:  # The store may live in this process, and other ranks still have to read it.
-            deadline = time.monotonic() + _PATIENCE
+            deadline = time.monotonic() + _WAIT_SECONDS
             missing = [rank for rank in others if not _read(store, "failed", rank)]
             while missing and time.monotonic() < deadline:
                 time.sleep(_MIN_INTERVAL)
@@ -123,7 +123,7 @@ def _cause_in_store(others: Sequence[int], store: Any) -> str:
     store.set(_key("waits", dist.get_rank()), "")
     before = {rank: _read(store, "heartbeat", rank) for rank in others}
     heartbeats = {rank: text.splitlines() for rank, text in before.items() if text}
-    slowest = max((float(interval) for interval, *_ in heartbeats.values()), default=_PATIENCE / 3)
+    slowest = max((float(interval) for interval, *_ in heartbeats.values()), default=_WAIT_SECONDS / 3)
     deadline = time.monotonic() + 3 * slowest
     while time.monotonic() < deadline:
         failed = {rank: failure for rank in others if (failure := _read(store, "failed", rank))}
@@ -149,10 +149,10 @@ def _publish(topic: str, text: str) -> None:
         if store is not None:
             store.set(_key(topic, dist.get_rank()), text)
 
-    call_with_timeout(write, _PATIENCE)
+    call_with_timeout(write, _WAIT_SECONDS)
 
 
-def call_with_timeout(function: Callable[[], T], seconds: float = _PATIENCE) -> T | None:
+def call_with_timeout(function: Callable[[], T], seconds: float = _WAIT_SECONDS) -> T | None:
     """Return the result of `function`, or None if it raises an error or takes longer than `seconds`.
 
     Calls to the store need this because its owner may be frozen.

@@ -12,7 +12,7 @@ _EMA = ("ema:0.8", "ema:0.9", "ema:0.95")
 # batches, so that their differences vary less than their losses.
 SCREENED_BY = 4
 FINALISTS = 3
-FEWEST_BATCHES = 8  # so that every fourth batch gives at least two
+MIN_BATCHES = 8  # so that every fourth batch gives at least two
 
 Metrics = dict[str, float]
 
@@ -57,7 +57,7 @@ def start_at_best(
 
     names = averages(average.num_candidates, average.config.center)
     finalists = names = [name for name in names if average.can_start_from(name)]
-    if len(names) > FINALISTS and num_batches >= FEWEST_BATCHES:
+    if len(names) > FINALISTS and num_batches >= MIN_BATCHES:
         screened = -(-num_batches // SCREENED_BY)
         ordered = evaluated(names, SCREENED_BY, f" on {screened} of {num_batches} batches")
         finalists = [name for name, _ in ordered[:FINALISTS]]

@@ -15,7 +15,7 @@ from twa_scale.run.progress import Report
 from twa_scale.run.resume import AVERAGE
 
 # The settings of a run that map the tensors of a file to those of the model. Others concern averages.
-_OF_READING = {
+_READ_KEYS = {
     "kernels", "read_chunk", "reads_in_flight", "include", "exclude", "ignore", "missing", "space", "weights_key",
     "rename", "prefix",
 }  # fmt: skip
@@ -68,7 +68,7 @@ def _measured(run: AttachedRun, path: str, recalibrate: bool) -> dict[str, float
     Each set of weights gets a new model, because tensors that a file lacks keep the values of the model.
     """
     usual = TwaConfig(store="dense16", buffers="last")
-    update = {name: getattr(usual, name) for name in TwaConfig.model_fields if name not in _OF_READING}
+    update = {name: getattr(usual, name) for name in TwaConfig.model_fields if name not in _READ_KEYS}
     if Path(path) == Path(run.config.output) / AVERAGE:  # the export of the run, which is one set of weights
         update["weights_key"] = None
     run.attach(run.config.model_copy(update={**update, "candidates": [path]}), minimum=1)

@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 # With more, numbers in cells and labels of axes overlap.
-MOST_NUMBERS, MOST_LABELS = 20, 64
+MAX_NUMBERS, MAX_LABELS = 20, 64
 
 
 def plot_training(
@@ -69,7 +69,7 @@ def plot_training(
     """
     n, num_groups = coefficients.shape
     wide = num_groups > 12
-    rows = min(n, MOST_LABELS)
+    rows = min(n, MAX_LABELS)
     with rc_context(STYLE):
         if wide:
             width = max(9.0, 3 + 0.19 * min(num_groups, 90))
@@ -102,7 +102,7 @@ def plot_cosines(path: str | Path, matrix: Array, labels: Sequence[str]) -> None
     away = matrix[~np.eye(n, dtype=bool)]
     low = float(np.nanmin(away, initial=1.0))
     with rc_context(STYLE):
-        size = max(4.0, 1.6 + 0.34 * min(n, MOST_LABELS))
+        size = max(4.0, 1.6 + 0.34 * min(n, MAX_LABELS))
         figure = Figure(figsize=(size + 0.9, size), layout="constrained")
         axes = figure.subplots()
         if low < 0:
@@ -185,7 +185,7 @@ def _heat_map(
     axes.tick_params(length=0)
     _name_ticks(axes, "y", rows)
     _name_ticks(axes, "x", columns)
-    if max(values.shape) <= MOST_NUMBERS:
+    if max(values.shape) <= MAX_NUMBERS:
         _write_numbers(axes, values, digits, ScalarMappable(scale, colors))
     bar = axes.figure.colorbar(image, ax=axes, pad=0.015, aspect=30, shrink=0.9)
     bar.outline.set_visible(False)
@@ -206,7 +206,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def _name_ticks(axes: Axes, side: str, labels: Sequence[str]) -> None:
-    every = -(-len(labels) // MOST_LABELS)
+    every = -(-len(labels) // MAX_LABELS)
     indices = range(0, len(labels), every)
     names = list(_short(labels))
     axis = axes.yaxis if side == "y" else axes.xaxis
@@ -234,7 +234,7 @@ def _bars(axes: Axes, values: Array, candidates: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.14)
     _name_ticks(axes, "y", candidates)
-    if len(values) <= MOST_NUMBERS:
+    if len(values) <= MAX_NUMBERS:
         for position, value in zip(positions, values, strict=True):
             at: dict[str, Any] = {"xytext": (4, 0), "ha": "left"} if value >= 0 else {"xytext": (-4, 0), "ha": "right"}
             page = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # covers the dashed line

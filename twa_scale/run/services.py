@@ -25,7 +25,7 @@ _HINTS: dict[ServiceName, str] = {
     "wandb": "`wandb login`, or WANDB_MODE=offline",
     "mlflow": "MLFLOW_TRACKING_URI",
 }
-_MOST_PARAMS, _LONGEST_PARAM = 100, 500  # the limits of MLflow: parameters in a request, and characters in a value
+_MAX_PARAMS, _MAX_PARAM_LENGTH = 100, 500  # the limits of MLflow: parameters in a request, and characters in a value
 
 
 class Service(ABC):
@@ -191,9 +191,9 @@ class _Mlflow(Service):
         from mlflow.entities import Param
 
         settings = list(flattened(config.model_dump(mode="json")))
-        for start in range(0, len(settings), _MOST_PARAMS):
-            part = settings[start : start + _MOST_PARAMS]
-            self._client.log_batch(self.id, params=[Param(key, str(value)[:_LONGEST_PARAM]) for key, value in part])
+        for start in range(0, len(settings), _MAX_PARAMS):
+            part = settings[start : start + _MAX_PARAMS]
+            self._client.log_batch(self.id, params=[Param(key, str(value)[:_MAX_PARAM_LENGTH]) for key, value in part])
 
 
 def _ids(directory: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from twa_scale.candidates import Candidate
 from twa_scale.candidates.complex_tensors import in_pairs
 from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.engines import Engine
-from twa_scale.output.model_card import OF_WINDOW
+from twa_scale.output.model_card import SNAPSHOT_LABEL
 from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.output.stored_form import StoredForm
 
@@ -22,7 +22,7 @@ class SnapshotCandidate:
     bytes_read = 0
 
     def __init__(self, engine: Engine, step: int, form: StoredForm) -> None:
-        self.label = f"{OF_WINDOW}{step}"
+        self.label = f"{SNAPSHOT_LABEL}{step}"
         self.metadata: dict[str, str] = {}
         pairs = engine.complex_names
         tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}

@@ -70,14 +70,14 @@ class Ema:
                 *targets, corrected, ema, first = targets
                 targets.append(ema)
             for gain, target in zip(gains, targets, strict=True):
-                _move(target, values, gain)
+                _update(target, values, gain)
             if self.settings.bema:
                 if updates == 1:
                     torch._foreach_copy_(first, values)
                 _correct(corrected, ema, first, values, self.settings.alpha(updates))
         for gain, averages in zip(gains, self.buffers, strict=False):
             for name, average in averages.items():
-                _move([average], [buffers[name].to(average)], gain if average.is_floating_point() else 1.0)
+                _update([average], [buffers[name].to(average)], gain if average.is_floating_point() else 1.0)
         self.updates = updates
 
     def require_finite(self, index: int) -> None:
@@ -143,7 +143,7 @@ def _as_averages(values: list[torch.Tensor], averages: Sequence[torch.Tensor]) -
     return copies
 
 
-def _move(averages: list[torch.Tensor], values: list[torch.Tensor], gain: float) -> None:
+def _update(averages: list[torch.Tensor], values: list[torch.Tensor], gain: float) -> None:
     """Add gain * (values - averages) to the averages, which have the same types."""
     if gain < 1:
         torch._foreach_lerp_(averages, values, gain)

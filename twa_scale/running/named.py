@@ -8,7 +8,7 @@ import torch
 from twa_scale.average.coefficients import Which, averaging_coefficients
 from twa_scale.config import parse_center
 from twa_scale.errors import ConfigError, TwaError
-from twa_scale.output.model_card import OF_WINDOW
+from twa_scale.output.model_card import SNAPSHOT_LABEL
 from twa_scale.output.provenance import provenance
 from twa_scale.running.ema import Ema
 from twa_scale.running.settings import BEMA
@@ -66,7 +66,7 @@ def origin(which: Which, step: int, ema: Ema | None, window: Window | None) -> d
         return provenance(kind, [], asked=which, step=step, ema=settings)
     assert window is not None
     named = {"asked": which} if isinstance(which, str) else {}
-    labels = [f"{OF_WINDOW}{taken}" for taken in window.steps]
+    labels = [f"{SNAPSHOT_LABEL}{taken}" for taken in window.steps]
     settings = window.settings.model_dump(mode="json")
     weights = factors[:n].tolist()
     return provenance("an average of snapshots", labels, **named, step=step, weights=weights, window=settings)
@@ -82,7 +82,7 @@ def _ema(text: str, ema: Ema | None) -> int:
     if text == "ema" and len(plain) > 1:
         raise ConfigError(f"weights: 'ema' is one of several; {kept}.")
     text = plain[0] if text == "ema" and plain else text
-    match = next((name for name in names if _same(name, text)), None)
+    match = next((name for name in names if _is_same_decay(name, text)), None)
     if match is None:
         raise ConfigError(f"weights: {text!r} is not kept; {kept}.")
     if not ema.updates:
@@ -91,7 +91,7 @@ def _ema(text: str, ema: Ema | None) -> int:
     return names.index(match)
 
 
-def _same(name: str, text: str) -> bool:
+def _is_same_decay(name: str, text: str) -> bool:
     if name == text:
         return True
     kind, _, number = name.rpartition(":")

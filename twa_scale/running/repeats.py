@@ -8,7 +8,7 @@ from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 
 _MIN_UNCHANGED = 8  # updates without a preceding write; a loss scaler that skips its first steps causes fewer
-_UNCHANGED_OF = 3  # at least one of three updates has no preceding write
+_UNCHANGED_PERIOD = 3  # at least one of three updates has no preceding write
 _SAMPLE = 64  # elements of each tensor that are compared
 
 
@@ -46,7 +46,7 @@ class Repeats:
                     f"averages.step(): the weights were not written before {self._same} of {self._updates} updates. "
                     "Call it once, after each step of the optimizer: not in every micro-batch, and not twice."
                 )
-        elif self._same >= _MIN_UNCHANGED and self._same * _UNCHANGED_OF >= self._updates:
+        elif self._same >= _MIN_UNCHANGED and self._same * _UNCHANGED_PERIOD >= self._updates:
             self._sample = _sample(live)
 
 

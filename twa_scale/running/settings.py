@@ -16,7 +16,7 @@ HalfLife = Annotated[float, Field(gt=0, lt=1)]
 
 BEMA = "bema"
 """The name of the bias-corrected average."""
-OF_BEMA = (f"{BEMA}-ema", f"{BEMA}-first")
+BEMA_NAMES = (f"{BEMA}-ema", f"{BEMA}-first")
 """The names of its exponential average and of the weights of its first update, which it needs."""
 
 
@@ -92,7 +92,7 @@ class EmaSettings(Section):
 
     def held(self) -> tuple[str, ...]:
         """Return the names of all values that are held: those of `names`, and those that BEMA needs."""
-        return (*self.names(), *(OF_BEMA if self.bema else ()))
+        return (*self.names(), *(BEMA_NAMES if self.bema else ()))
 
     def of(self, index: int) -> dict[str, Any]:
         """Return the settings of the average `index`, in the order of `names`: its own setting and the common ones."""

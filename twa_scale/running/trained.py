@@ -16,14 +16,14 @@ class Trained:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
-        self._held = False
+        self._is_kept = False
         self._weights: dict[Span, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
 
     @property
     def held(self) -> bool:
         """Whether there is a copy."""
-        return self._held
+        return self._is_kept
 
     @property
     def nbytes(self) -> int:
@@ -33,16 +33,16 @@ class Trained:
     @torch.no_grad()
     def keep(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
         """Copy the weights. Does nothing if there is a copy."""
-        if self._held:
+        if self._is_kept:
             return
         self._weights = {span: values.to(self._device, copy=True) for span, values in live.items()}
         self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        self._held = True
+        self._is_kept = True
 
     @torch.no_grad()
     def give_back(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
         """Write the copy into the model, free it, and return whether there was one, which is equal on every rank."""
-        if not self._held:
+        if not self._is_kept:
             return False
         for span, values in self._weights.items():
             live[span].copy_(values)
@@ -53,4 +53,4 @@ class Trained:
 
     def forget(self) -> None:
         """Free the copy."""
-        self._held, self._weights, self._buffers = False, {}, {}
+        self._is_kept, self._weights, self._buffers = False, {}, {}

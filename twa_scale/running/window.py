@@ -53,7 +53,7 @@ class Window:
         assert isinstance(store, InMemoryStore | OffloadedStore), settings.store
         self.store = store
         targets = {span: self.store.reserve(span) for span in live}
-        self._held = {span: (target.rows, target.center) for span, target in targets.items()}
+        self._rows_of_span = {span: (target.rows, target.center) for span, target in targets.items()}
         self.steps: list[int] = []
         """The steps of the snapshots, oldest first."""
         self.order: list[int] = []
@@ -84,11 +84,11 @@ class Window:
     @property
     def spans(self) -> Sequence[Span]:
         """The spans that are held."""
-        return list(self._held)
+        return list(self._rows_of_span)
 
     def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
         """Return the rows and the base of a span, without a copy."""
-        rows, base = self._held[span]
+        rows, base = self._rows_of_span[span]
         assert rows is not None and base is not None
         return rows, base
 

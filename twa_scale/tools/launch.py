@@ -85,13 +85,13 @@ class Launch:
             ranks += ["--map-by", f"ppr:{self.ranks_per_node}:node"]
         # If ranks were bound to one core, their threads would share it. If they were unbound, all would use all cores.
         threads = ["--bind-to", "none", "-x", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '1')}"]
-        return [_place("mpirun"), *ranks, *hosts, *threads, sys.executable, "-m", *self._run]
+        return [_program_path("mpirun"), *ranks, *hosts, *threads, sys.executable, "-m", *self._run]
 
     def _slurm(self) -> list[str]:
         script = next(folder for folder in _SCRIPTS if folder.is_dir()) / "slurm.sbatch"
         ranks = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}"]
         python = f"--export=ALL,PYTHON={sys.executable}"  # the Python of the submitting shell may not have twa_scale
-        return [_place("sbatch"), *ranks, python, str(script), self.config, *self.overrides]
+        return [_program_path("sbatch"), *ranks, python, str(script), self.config, *self.overrides]
 
 
 def execute(command: list[str]) -> NoReturn:
@@ -112,7 +112,7 @@ def shown(command: list[str]) -> str:
     return shlex.join(command)
 
 
-def _place(program: str) -> str:
+def _program_path(program: str) -> str:
     """Return the path of a program, or its name if it is not installed, because the command may be for another host."""
     return shutil.which(program) or program
 

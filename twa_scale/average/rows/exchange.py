@@ -6,7 +6,7 @@ from typing_extensions import assert_never
 from twa_scale.config.kinds import RowDtype
 from twa_scale.ranks import Reduction
 
-_LARGEST = 127  # the codes of int8 are -127 to 127
+_MAX_CODE = 127  # the codes of int8 are -127 to 127
 
 
 def exchanged_bytes(dtype: RowDtype, k: int, rows: int) -> int:
@@ -61,7 +61,7 @@ class RowExchange:
         """Return the bytes of rounded values, uint8."""
         if self._dtype == "bfloat16":
             return values.to(torch.bfloat16).view(torch.uint8).flatten()
-        scales = values.abs().amax(0) / _LARGEST
+        scales = values.abs().amax(0) / _MAX_CODE
         codes = torch.where(scales > 0, values / scales, 0).round_()
         return torch.cat([codes.to(torch.int8).view(torch.uint8).flatten(), scales.view(torch.uint8)])
 

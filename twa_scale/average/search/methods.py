@@ -107,15 +107,15 @@ class _NumpyState:
     """A separate state of NumPy's global generator for CMA-ES, so that other code does not change its samples."""
 
     def __init__(self) -> None:
-        self._own: Any = None
+        self._own_state: Any = None
 
     def __enter__(self) -> None:
         self._others = np.random.get_state()
-        if self._own is not None:
-            np.random.set_state(self._own)
+        if self._own_state is not None:
+            np.random.set_state(self._own_state)
 
     def __exit__(self, *error: object) -> None:
-        self._own = np.random.get_state()
+        self._own_state = np.random.get_state()
         np.random.set_state(self._others)
 
 

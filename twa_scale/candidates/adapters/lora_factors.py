@@ -11,7 +11,7 @@ from twa_scale.errors import CandidateError
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.(?!weight$|bias$)[^.]+)?(\.(?P<kind>weight|bias))?"
 )
-_OF_LORA = re.compile(r"(^|\.)lora_")
+_LORA_TENSOR = re.compile(r"(^|\.)lora_")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def factors_in(names: Iterable[str]) -> dict[str, Factors]:
 def other_parts(names: Iterable[str], factors: Iterable[Factors]) -> list[str]:
     """Return the tensors of LoRA that are neither A nor B, such as the magnitudes of DoRA."""
     known = {name for pair in factors for name in (pair.a, pair.b, pair.bias)}
-    return [name for name in names if _OF_LORA.search(name) and name not in known]
+    return [name for name in names if _LORA_TENSOR.search(name) and name not in known]
 
 
 def rank_of(candidate: Candidate, factors: Factors) -> int:

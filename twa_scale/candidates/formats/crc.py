@@ -15,7 +15,7 @@ class PiecewiseCrc:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pieces: dict[int, tuple[int, int]] = {}  # stop and CRC of the longest piece, by first byte
-        self._held = 0  # bytes of all pieces
+        self._num_bytes = 0  # bytes of all pieces
 
     def add(self, start: int, data: memoryview, nbytes: int) -> int | None:
         """Add the bytes that begin at `start`. Return the CRC of all `nbytes` bytes when they are complete."""
@@ -24,10 +24,10 @@ class PiecewiseCrc:
             known = self._pieces.get(start, (start, 0))[0]
             if stop > known:
                 self._pieces[start] = stop, crc
-                self._held += stop - known
-            return self._whole(nbytes) if self._held >= nbytes else None
+                self._num_bytes += stop - known
+            return self._combined(nbytes) if self._num_bytes >= nbytes else None
 
-    def _whole(self, nbytes: int) -> int | None:
+    def _combined(self, nbytes: int) -> int | None:
         pieces, position = [], 0
         while position < nbytes and position in self._pieces:
             stop, crc = self._pieces[position]
@@ -35,7 +35,7 @@ class PiecewiseCrc:
             position = stop
         if position != nbytes:
             return None
-        self._pieces, self._held = {}, 0
+        self._pieces, self._num_bytes = {}, 0
         value = 0
         for crc, count in pieces:
             value = combine(value, crc, count)

@@ -26,7 +26,7 @@ _UNSUPPORTED = {
     re.compile(r"layer_\d+_expert_\d+_.*|expp_rank_.*"): "experts (MoE)",
     re.compile(r"layer_\d+-model.*"): "a pipeline of stages",
 }
-_LONGEST_TAG = 4096  # bytes, the limit of a path
+_MAX_TAG_LENGTH = 4096  # bytes, the limit of a path
 _STATE = "optimizer_state_dict"
 _PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # ZeRO-1 and 2, and ZeRO-3
 _CONVERT = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
@@ -119,7 +119,7 @@ def tagged_folder(directory: Path) -> Path:
     latest = _latest(directory)
     if any(directory.glob("*_model_states.pt")) or not latest.is_file():
         return directory
-    tag = read_bounded(latest, _LONGEST_TAG).decode(errors="replace").strip()
+    tag = read_bounded(latest, _MAX_TAG_LENGTH).decode(errors="replace").strip()
     if not tag or Path(tag).name != tag or not (directory / tag).is_dir():
         folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
         raise CandidateError(

@@ -21,7 +21,7 @@ from twa_scale.errors import CandidateError
 T = TypeVar("T")
 
 _RULE = "candidates must not change until the run has ended."
-_NONE_LEFT = (errno.EMFILE, errno.ENFILE)  # no descriptor is left for this process or for the system
+_NO_DESCRIPTORS_LEFT = (errno.EMFILE, errno.ENFILE)  # no descriptor is left for this process or for the system
 
 
 class File:
@@ -108,7 +108,7 @@ class File:
         try:
             descriptor = open_regular(self.path)
         except OSError as error:
-            if error.errno in _NONE_LEFT:
+            if error.errno in _NO_DESCRIPTORS_LEFT:
                 raise
             before = f", which could be read before; {_RULE}" if self._identity else "."
             raise CandidateError(f"{self.path}: cannot be opened: {error.strerror}{before}") from error
@@ -179,13 +179,13 @@ class _OpenFiles:
             try:
                 return opened()
             except OSError as error:
-                if error.errno not in _NONE_LEFT:
+                if error.errno not in _NO_DESCRIPTORS_LEFT:
                     raise
             self._close_idle(0)  # other code in this process has used up the system's limit
             try:
                 return opened()
             except OSError as error:
-                if error.errno not in _NONE_LEFT:
+                if error.errno not in _NO_DESCRIPTORS_LEFT:
                     raise
                 raise CandidateError(
                     f"{file.path}: cannot be opened: {error.strerror}. Raise the limit with `ulimit -n`."
@@ -200,7 +200,7 @@ class _OpenFiles:
 
 
 _OPEN_FILES = _OpenFiles()
-_MOST_COPIED = 1 << 24  # bytes that are copied at a time if the system cannot read into a buffer
+_MAX_COPIED = 1 << 24  # bytes that are copied at a time if the system cannot read into a buffer
 
 
 def _map(descriptor: int, size: int) -> torch.Tensor:
@@ -235,6 +235,6 @@ def _read(descriptor: int, buffer: memoryview, offset: int) -> int:
     """Read into the beginning of `buffer`, and return the number of bytes."""
     if hasattr(os, "preadv"):  # not in every macOS
         return os.preadv(descriptor, [buffer], offset)
-    content = os.pread(descriptor, min(len(buffer), _MOST_COPIED), offset)
+    content = os.pread(descriptor, min(len(buffer), _MAX_COPIED), offset)
     buffer[: len(content)] = content
     return len(content)

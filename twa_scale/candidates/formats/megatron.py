@@ -15,7 +15,7 @@ BACKEND = "metadata.json"
 """The file with the format of the tensors."""
 TRACKER = "latest_checkpointed_iteration.txt"
 """The file with the name of the last folder of an iteration, next to the folders."""
-_LONGEST = 64  # bytes of the tracker
+_MAX_TRACKER_BYTES = 64  # bytes of the tracker
 
 _CHAIN = re.compile(r"chained_\d+\.(?=optimizer\.)")  # one of several optimizers: experts have their own
 _COPY = re.compile(r"(chained_\d+\.)?optimizer\.state\.(fp32_param|param|master_param)\.(?P<weight>.+)")
@@ -54,7 +54,7 @@ def latest_iteration(directory: Path) -> Path | None:
     tracker = directory / TRACKER
     if not tracker.is_file():
         return None
-    content = read_bounded(tracker, _LONGEST).decode(errors="replace").strip()
+    content = read_bounded(tracker, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
     folder = directory / (f"iter_{int(content):07d}" if re.fullmatch(r"[0-9]{1,18}", content) else "release")
     if not folder.is_dir() or (folder.name == "release" and content != "release"):
         raise CandidateError(

@@ -122,7 +122,7 @@ class GlobalResolver:
     def __init__(self, tensor: Tensor | None) -> None:
         self.unresolved: list[str] = []
         """The names without a replacement, in the order of the pickle."""
-        self._found: dict[tuple[str, str], ResolvedGlobal] = {
+        self._resolved: dict[tuple[str, str], ResolvedGlobal] = {
             ("collections", "OrderedDict"): SafeFunction(_dict),
             ("collections", "defaultdict"): SafeFunction(lambda *_: {}),
             ("builtins", "set"): SafeFunction(_set),
@@ -134,10 +134,10 @@ class GlobalResolver:
         }
         if tensor:
             build = tensor  # inside a lambda, mypy does not know that `tensor` is not None
-            self._found["torch._utils", "_rebuild_tensor_v2"] = SafeFunction(
+            self._resolved["torch._utils", "_rebuild_tensor_v2"] = SafeFunction(
                 lambda *args: build(*args[:4], lazy=args[6:7]),
             )
-            self._found["torch._utils", "_rebuild_tensor_v3"] = SafeFunction(
+            self._resolved["torch._utils", "_rebuild_tensor_v3"] = SafeFunction(
                 lambda *args: build(*args[:4], args[6], lazy=args[7:8]),
             )
 
@@ -152,10 +152,10 @@ class GlobalResolver:
             return _DTYPES[name]
         if name == "ZeroStageEnum":  # DeepSpeed has it in different modules in different versions
             return SafeFunction(_first)
-        if (module, name) not in self._found:
+        if (module, name) not in self._resolved:
             self.unresolved.append(f"{module}.{name}")
-            self._found[module, name] = type(name, (PickleStub,), {"__module__": module})
-        return self._found[module, name]
+            self._resolved[module, name] = type(name, (PickleStub,), {"__module__": module})
+        return self._resolved[module, name]
 
 
 def call(function: Any, args: Any) -> Any:

@@ -19,7 +19,7 @@ from twa_scale.candidates.weights_key import StateObject, WeightsKey
 from twa_scale.errors import CandidateError
 
 # Names that a malicious pickle calls. Here nothing is called, but Python's unpickler would run them.
-_ATTACKS = re.compile(
+_UNSAFE_CONTENT = re.compile(
     r"(os|posix|nt|pty|sys|subprocess|shutil|socket|runpy|importlib|ctypes|webbrowser)\..*"
     r"|builtins\.(exec|eval|compile|open|__import__)"
 )
@@ -145,7 +145,7 @@ def _loaded(file: File) -> Any:
         )
     archive = Archive(file)
     content = archive.content()
-    if attack := next((name for name in archive.unresolved if _ATTACKS.fullmatch(name)), None):
+    if attack := next((name for name in archive.unresolved if _UNSAFE_CONTENT.fullmatch(name)), None):
         raise CandidateError(
             f"{file.path}: its pickle calls {attack!r}, which can run any code; it was refused and nothing in it was "
             "run. No checkpoint needs this call: do not load the file elsewhere."

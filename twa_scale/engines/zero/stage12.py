@@ -45,7 +45,7 @@ class Zero12Engine(ZeroEngine):
         self._masters: dict[str, torch.Tensor] = {}
         self._starts: list[dict[int, Span]] = []
         for group in range(len(self._optimizer.bit16_groups)):
-            self._starts.append(self._place(group, names))
+            self._starts.append(self._add_spans(group, names))
         self.parameters = {
             name: replace(info, dtype=self._masters[name].dtype) if name in self._masters else info
             for name, info in infos.items()
@@ -53,7 +53,7 @@ class Zero12Engine(ZeroEngine):
         rest = {name: parameter for name, parameter in parameters.items() if name not in self._spans}
         self._replicated = ReplicatedParameters(rest, self.shard_group)
 
-    def _place(self, group: int, names: dict[int, str]) -> dict[int, Span]:
+    def _add_spans(self, group: int, names: dict[int, str]) -> dict[int, Span]:
         """Record the spans of one optimizer group, and return them by their start in this rank's partition."""
         optimizer = self._optimizer
         flat, master = optimizer.bit16_groups_flat[group], optimizer.single_partition_of_fp32_groups[group].detach()

@@ -47,7 +47,7 @@ class Zero3Engine(ZeroEngine):
         self.parameters = {}
         for name, parameter in self._parameters.items():
             raw: Any = parameter
-            span = self._place(name, raw)
+            span = self._span_of(name, raw)
             local = raw.ds_tensor
             if id(parameter) in optimized:
                 self._trained[name] = raw
@@ -61,7 +61,7 @@ class Zero3Engine(ZeroEngine):
             self._live[name] = local.detach().view(-1)[: len(span)]  # without padding
             self.parameters[name] = replace(infos[name], shape=tuple(raw.ds_shape), dtype=local.dtype)
 
-    def _place(self, name: str, parameter: Any) -> Span:
+    def _span_of(self, name: str, parameter: Any) -> Span:
         part = parameter.ds_tensor.ds_numel
         start = min(self.shard_group.rank * part, parameter.ds_numel)
         return Span(name, start, min(start + part, parameter.ds_numel))

@@ -3,7 +3,7 @@
 Start with `format.py` (the interface) and `choose.py`.
 """
 
-from twa_scale.output.formats.format import OutputFormat, Place, Run, WeightFiles
+from twa_scale.output.formats.format import OutputFormat, PlaceFunction, Run, WeightFiles
 from twa_scale.output.formats.safetensors import SafetensorsFormat
 
-__all__ = ["OutputFormat", "Place", "Run", "SafetensorsFormat", "WeightFiles"]
+__all__ = ["OutputFormat", "PlaceFunction", "Run", "SafetensorsFormat", "WeightFiles"]

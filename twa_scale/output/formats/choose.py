@@ -56,12 +56,12 @@ def output_format(
     if name == "dcp":
         return DcpFormat(_folder(last, origin), origin.nesting)
     with named_errors(OutputError, "--format same (format='same') copies what is in the directory."):
-        chosen = _same(last, origin, carried, notify)
+        chosen = _same_format(last, origin, carried, notify)
     notify(_state_notice([candidate.label for candidate in candidates]))
     return chosen
 
 
-def _same(last: Candidate, origin: Origin, carried: CarriedFiles, notify: Callable[[str], None]) -> OutputFormat:
+def _same_format(last: Candidate, origin: Origin, carried: CarriedFiles, notify: Callable[[str], None]) -> OutputFormat:
     root = _root(last, origin)
     if ranks_of(last):
         raise OutputError(

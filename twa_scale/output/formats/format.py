@@ -20,7 +20,7 @@ class Run(NamedTuple):
     data: memoryview
 
 
-Place = Callable[[str, int, torch.Tensor], Iterator[Run]]
+PlaceFunction = Callable[[str, int, torch.Tensor], Iterator[Run]]
 """A function of the name of a tensor, its first element in the row-major flattening, and 1-D contiguous CPU elements of
 its type. It yields the positions of their bytes."""
 
@@ -73,7 +73,7 @@ class WeightFiles(ABC):
         """
 
     @abstractmethod
-    def open(self, directory: Path) -> Place:
+    def open(self, directory: Path) -> PlaceFunction:
         """Return the function that gives the positions of elements. Called on every rank, before any rank writes."""
 
     @abstractmethod

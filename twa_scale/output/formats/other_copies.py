@@ -13,7 +13,7 @@ from twa_scale.candidates.formats.megatron import copies_of_weights, flat_buffer
 from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.rank_files import is_rank_file
 from twa_scale.candidates.formats.torch_file import shapes_in
-from twa_scale.candidates.weights_key import OF_LIGHTNING
+from twa_scale.candidates.weights_key import LIGHTNING_AVERAGE
 from twa_scale.errors import CandidateError, OutputError
 
 Shape = tuple[int, ...]
@@ -56,12 +56,12 @@ def check_other_copies(
     copies = {name: stored for name, shapes in others.items() if (stored := _copies_of(weights, shapes))}
     if 2 * len(set().union(*copies.values())) >= max(1, len(weights)):
         raise OutputError(_stored_twice(label, next(iter(copies))))
-    if origin.nesting != (OF_LIGHTNING,) and any(
-        keys[0] == OF_LIGHTNING for stored in shapes_by_file.values() for keys in stored
+    if origin.nesting != (LIGHTNING_AVERAGE,) and any(
+        keys[0] == LIGHTNING_AVERAGE for stored in shapes_by_file.values() for keys in stored
     ):
         notify(
-            f"{label}: Lightning's WeightAveraging resumes from {OF_LIGHTNING!r}, which stays that of the last "
-            f"candidate. Set `weights_key: {OF_LIGHTNING}` (--weights-key) to average that."
+            f"{label}: Lightning's WeightAveraging resumes from {LIGHTNING_AVERAGE!r}, which stays that of the last "
+            f"candidate. Set `weights_key: {LIGHTNING_AVERAGE}` (--weights-key) to average that."
         )
     all_keys = [keys for shapes in (*shapes_by_file.values(), *others.values()) for keys in shapes]
     if slow := sorted({".".join(keys) for keys in all_keys if _is_slow(keys)}):

@@ -16,7 +16,7 @@ from twa_scale.candidates.formats.torch_file import tensors_in
 from twa_scale.errors import OutputError
 from twa_scale.output.disk import drop_cached_pages, pieces_of, write_at
 from twa_scale.output.file_layout import TensorSpec
-from twa_scale.output.formats.format import Place, Run, WeightFiles
+from twa_scale.output.formats.format import PlaceFunction, Run, WeightFiles
 
 Located = Mapping[Path, Mapping[str, Keys]]
 """The path of keys of each tensor by its name, for each file of torch.save or for the folder of DCP."""
@@ -35,7 +35,7 @@ class PlacedFiles(WeightFiles):
             raise OutputError(f"tensor {wrong!r}: is complex; only --format hf (format='hf') writes complex tensors.")
         self._specs = specs
         self._keys = keys
-        self._places: Mapping[str, Sequence[Placeable]] = {}
+        self._storages_of_files: Mapping[str, Sequence[Placeable]] = {}
         self._records: list[Record] = []
         self._shared: list[tuple[str, str]] = []
         self._directory = Path()
@@ -50,10 +50,10 @@ class PlacedFiles(WeightFiles):
         """Pairs of tensors that have one place in the files."""
         return self._shared
 
-    def open(self, directory: Path) -> Place:
+    def open(self, directory: Path) -> PlaceFunction:
         """Find the places of the tensors, before any rank changes the files."""
         self._directory = directory
-        self._places = self.places(directory)
+        self._storages_of_files = self.places(directory)
         records: dict[tuple[str, int], Record] = {}
         first: dict[tuple[str, int, int], str] = {}
         shared: dict[tuple[str, str], None] = {}
@@ -72,16 +72,16 @@ class PlacedFiles(WeightFiles):
             record.file.close()
         for path in paths:
             drop_cached_pages(path)
-        return self._place
+        return self._runs_of
 
-    def _place(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
-        for tensor in self._places[name]:
-            for record, first, part in placed(tensor, start, _as(tensor.dtype, values, name)):
+    def _runs_of(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
+        for tensor in self._storages_of_files[name]:
+            for record, first, part in placed(tensor, start, _converted(tensor.dtype, values, name)):
                 data = part.view(torch.uint8).numpy().data
                 yield Run(self._names[record.file.path], record.begin + first * part.itemsize, data)
 
     def _storages(self, spec: TensorSpec) -> list[Stored]:
-        first, *copies = self._places[spec.name]
+        first, *copies = self._storages_of_files[spec.name]
         return checked(first, spec) + [part for copy in copies for part in storages(copy, f"tensor {spec.name!r}")]
 
     def checksums(self, rank: int, size: int) -> Mapping[int, int]:
@@ -104,7 +104,7 @@ class PlacedFiles(WeightFiles):
                 os.fsync(file.fileno())
 
 
-def _as(dtype: torch.dtype, values: torch.Tensor, name: str) -> torch.Tensor:
+def _converted(dtype: torch.dtype, values: torch.Tensor, name: str) -> torch.Tensor:
     """Return the values in the dtype of a copy of the weights.
 
     Raises:

@@ -10,7 +10,7 @@ from twa_scale.base.names import quoted
 from twa_scale.candidates.formats.safetensors import Entry
 from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import Shard, TensorSpec, index_name, index_of, lay_out
-from twa_scale.output.formats.format import OutputFormat, Place, Run, WeightFiles
+from twa_scale.output.formats.format import OutputFormat, PlaceFunction, Run, WeightFiles
 from twa_scale.output.formats.placed_files import differs
 
 
@@ -39,7 +39,7 @@ class SameSafetensorsFormat(SafetensorsFormat):
     of_last = True
 
     def __init__(self, entries: Mapping[str, Entry], file: str | None, extra_files: Sequence[tuple[str, Path]]) -> None:
-        self._held = entries
+        self._entries_of_candidate = entries
         self._file = file
         self.extra_files = extra_files
 
@@ -51,7 +51,7 @@ class SameSafetensorsFormat(SafetensorsFormat):
         Raises:
             OutputError: the tensors are not those in the files of the last candidate.
         """
-        if lost := sorted(self._held.keys() - {spec.name for spec in specs}):
+        if lost := sorted(self._entries_of_candidate.keys() - {spec.name for spec in specs}):
             raise OutputError(
                 f"tensors {quoted(lost)}: are in the file of the last candidate, but not in the output, because of "
                 "`ignore` (--ignore) or `weights_key`, or because the model lacks them. Training could not resume. "
@@ -59,7 +59,7 @@ class SameSafetensorsFormat(SafetensorsFormat):
             )
         for spec in specs:
             dtype, shape = (torch.complex64, spec.shape[:-1]) if spec.as_complex else (spec.dtype, spec.shape)
-            if (entry := self._held.get(spec.name)) and (dtype, shape) != (entry.dtype, entry.shape):
+            if (entry := self._entries_of_candidate.get(spec.name)) and (dtype, shape) != (entry.dtype, entry.shape):
                 raise OutputError(differs(spec, entry.dtype, entry.shape))
         if self._file is None:
             return super().files(specs, max_shard_size, base, metadata)
@@ -71,7 +71,9 @@ class _SafetensorsFiles(WeightFiles):
         self._specs = specs
         self._shards = shards
         self._base = base
-        self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
+        self._entries_of_files = {
+            name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -97,8 +99,8 @@ class _SafetensorsFiles(WeightFiles):
                 file.write(shard.header)
                 file.truncate(shard.nbytes)
 
-    def open(self, directory: Path) -> Place:
-        return self._place
+    def open(self, directory: Path) -> PlaceFunction:
+        return self._runs_of
 
     def checksums(self, rank: int, size: int) -> Mapping[int, int]:
         return {}
@@ -106,6 +108,6 @@ class _SafetensorsFiles(WeightFiles):
     def finish(self, checksums: Mapping[int, int]) -> None:
         pass
 
-    def _place(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
-        file, begin = self._places[name]
+    def _runs_of(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
+        file, begin = self._entries_of_files[name]
         yield Run(file, begin + start * values.itemsize, values.view(torch.uint8).numpy().data)

@@ -90,7 +90,7 @@ class _SameFiles(PlacedFiles):
     def create(self, directory: Path) -> None:
         """Determine the ranges of bytes to copy."""
         versions = {path: self._versions.get(path, version_of(path.stat())) for path in self._sources}
-        self._places = self.places(self._root)
+        self._storages_of_files = self.places(self._root)
         weights = [stored for spec in self._specs for stored in self._storages(spec) if stored.numel]
         written: dict[Path, list[Extent]] = {}
         replaced: dict[Path, list[Extent]] = {}

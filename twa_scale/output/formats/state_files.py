@@ -60,7 +60,7 @@ class _FileScan:
         self._code = code
         self._with_weights = {path.parent for path in weights}
         self._names = {path.name for path in weights}
-        self._inside = root_of_links(root.resolve())
+        self._weight_files = root_of_links(root.resolve())
         self.left_out: dict[str, list[str]] = {}
 
     def files(self, folder: Path) -> Iterator[Path]:
@@ -87,7 +87,7 @@ class _FileScan:
     def _wanted(self, path: Path) -> bool:
         if path.name == PROVENANCE or (path.name.startswith(".") and path.name != METADATA):
             return False
-        if not path.is_file() or not path.resolve().is_relative_to(self._inside):
+        if not path.is_file() or not path.resolve().is_relative_to(self._weight_files):
             return self._leave_out(path, "a link that leads out of the directory, or not a regular file")
         if path.resolve() in self._weights:
             return False

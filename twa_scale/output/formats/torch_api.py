@@ -21,7 +21,7 @@ _PLACES = {
 
 def without_values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor without memory, for `save_without_values`."""
-    with _found("FakeTensorMode")():
+    with _private_attribute("FakeTensorMode")():
         return torch.empty(shape, dtype=dtype)
 
 
@@ -37,7 +37,7 @@ def save_without_values(content: Any, path: Path, nbytes: int) -> None:
         OSError: the disk is full or fails.
     """
     try:
-        with _found("skip_data")(materialize_fake_tensors=True):
+        with _private_attribute("skip_data")(materialize_fake_tensors=True):
             torch.save(content, path)
         if path.stat().st_size < nbytes:  # torch 2.6 raises no error
             raise RuntimeError("the file is truncated")
@@ -50,10 +50,10 @@ def save_without_values(content: Any, path: Path, nbytes: int) -> None:
 
 def storage_info(file: str, offset: int, length: int) -> Any:
     """Return the object with the position of a chunk in the metadata of DCP."""
-    return _found("_StorageInfo")(file, offset, length)
+    return _private_attribute("_StorageInfo")(file, offset, length)
 
 
-def _found(name: str) -> Any:
+def _private_attribute(name: str) -> Any:
     try:
         return getattr(import_module(_PLACES[name]), name)
     except (ImportError, AttributeError):

@@ -70,14 +70,16 @@ class Column:
         Raises:
             ConfigError: a file cannot be read, or has no such column.
         """
-        self._places: list[tuple[Path, _File, int, int]] = []  # for each piece: file, number and first row
+        self._positions: list[tuple[Path, _File, int, int]] = []  # for each piece: file, number and first row
         costs: list[int] = []
         for path in files:
             file: _File = (_Parquet if path.suffix.lower() == arrow.PARQUET else _Mapped)(path, column, setting)
             firsts = accumulate(file.sizes, initial=0)
-            self._places += [(path, file, i, first) for i, first in zip(range(len(file.sizes)), firsts, strict=False)]
+            self._positions += [
+                (path, file, i, first) for i, first in zip(range(len(file.sizes)), firsts, strict=False)
+            ]
             costs += file.costs
-        sizes = [file.sizes[i] for _, file, i, _ in self._places]
+        sizes = [file.sizes[i] for _, file, i, _ in self._positions]
         self._ends = list(accumulate(sizes))
         self._costs = costs
         self._cache: OrderedDict[int, Any] = OrderedDict()
@@ -93,7 +95,7 @@ class Column:
             ConfigError: the file cannot be read.
         """
         number = bisect_right(self._ends, index)
-        path, file, i, first = self._places[number]
+        path, file, i, first = self._positions[number]
         row = index - (self._ends[number] - file.sizes[i])
         with arrow.named_errors(path):
             return f"{path}, row {first + row + 1}", self._piece(number, file, i)[row].as_py()

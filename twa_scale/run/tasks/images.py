@@ -175,7 +175,7 @@ class ProcessedArrays:
                 "processor of the model cannot take. Give uint8 of shape (3, H, W), or set task.mean and task.std, so "
                 "that the arrays are used as they are."
             )
-        self._images, self._labels, self._decoder, self._where = images, labels, decoder, key
+        self._images, self._labels, self._decoder, self._key = images, labels, decoder, key
 
     def __len__(self) -> int:
         return len(self._images)
@@ -183,4 +183,4 @@ class ProcessedArrays:
     def __getitem__(self, index: int) -> Batch:
         pixels = self._images[index].expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
         image = pillow("PIL.Image").fromarray(pixels)
-        return {"images": self._decoder(image, f"{self._where}, image {index}"), "labels": self._labels[index]}
+        return {"images": self._decoder(image, f"{self._key}, image {index}"), "labels": self._labels[index]}

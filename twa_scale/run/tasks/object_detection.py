@@ -19,7 +19,7 @@ from twa_scale.run.tasks.import_path import import_function, model_from
 from twa_scale.run.tasks.labels import default_names
 from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
 
-_MOST = 100  # detections of an image that count, as in COCO's evaluation
+_MAX_DETECTIONS = 100  # detections of an image that count, as in COCO's evaluation
 
 
 class AnnotatedImages(Section):
@@ -157,7 +157,7 @@ class ObjectDetection:
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
 
     def _detections(self, image: Annotated, result: dict[str, Tensor]) -> Detections:
-        best = result["scores"].float().argsort(descending=True)[:_MOST]
+        best = result["scores"].float().argsort(descending=True)[:_MAX_DETECTIONS]
         scores, labels, boxes = (
             result[key][best].detach().float().cpu().numpy() for key in ("scores", "labels", "boxes")
         )

@@ -60,7 +60,7 @@ def _add_lists(path: Path, columns: dict[str, str], others: list[str], key: str,
             )
         wanted = {setting: column, **{name: name for name in lists}}
         values = {name: _integers(record[name], location, _fix(setting, name)) for setting, name in wanted.items()}
-        spool.add(location, *_used(values, location))
+        spool.add(location, *_without_padding(values, location))
 
 
 def _integers(value: object, location: str, fix: str) -> Array:
@@ -100,10 +100,10 @@ def _add_rows(path: Path, columns: dict[str, str], spool: Spool) -> None:
             row += 1
             location = f"{path}, row {row}"
             values = {name: flat[offsets[i] : offsets[i + 1]] for name, (flat, offsets) in lists.items()}
-            spool.add(location, *_used(values, location))
+            spool.add(location, *_without_padding(values, location))
 
 
-def _used(values: dict[str, Array], location: str) -> tuple[Array, Array | None]:
+def _without_padding(values: dict[str, Array], location: str) -> tuple[Array, Array | None]:
     """Return the tokens of a record that are not padding, and whether each is not predicted."""
     (_, tokens), *others = values.items()
     for name, of_record in others:

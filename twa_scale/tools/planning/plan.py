@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from twa_scale.average.attach import experts_of
-from twa_scale.average.layout import Layout, alias_jobs, match, wanted_of
+from twa_scale.average.layout import Layout, alias_jobs, match, wanted_tensors
 from twa_scale.average.optimizer import make_optimizer
 from twa_scale.base.process_memory import resident
 from twa_scale.base.spans import Span
@@ -168,7 +168,7 @@ def _tensors_of(model: nn.Module, config: RunConfig) -> _Tensors:
     parameters = real_parameter_infos(parameters)
     buffers = {name: real_view(buffer) for name, buffer in persistent_buffers(model).items()}
     adapter = live_adapter(model)
-    wanted = wanted_of(parameters, buffers, config, model, adapter)
+    wanted = wanted_tensors(parameters, buffers, config, model, adapter)
     candidates = open_candidates(config.candidates, wanted=wanted, select=config.select)
     layout = match(parameters, buffers, candidates, config, adapter, experts_of(model, parameters, config))
     return _Tensors(parameters, buffers, candidates, layout)

@@ -18,7 +18,7 @@ EFFECTIVE_IS = (
     "uniform mean, 1 for a single candidate, and less than 1 if large coefficients of both signs amplify noise. "
     "With several groups it is the harmonic mean over all elements."
 )
-_MOST_CANDIDATES = 500
+_MAX_CANDIDATES = 500
 
 
 def coefficient_section(material: Material) -> Html | None:
@@ -60,7 +60,7 @@ def _candidates(material: Material, coefficients: Coefficients) -> Html:
     head += ["size on disk"] if sizes else []
     low, high = min(0.0, *coefficients.means), max(0.0, *coefficients.means)
     rows: list[list[Content]] = []
-    for i, name in enumerate(coefficients.names[:_MOST_CANDIDATES]):
+    for i, name in enumerate(coefficients.names[:_MAX_CANDIDATES]):
         row: list[Content] = [el("span", name, title=coefficients.labels[i]), f"{coefficients.means[i]:.4f}"]
         row.append(_bar(coefficients.means[i], low, high, 1 / len(coefficients.labels)))
         if several:

@@ -9,7 +9,7 @@ from twa_scale.tools.report.elements import Html, el, joined
 Point = tuple[float, float]
 _WIDTH, _HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 12, 40
-_MOST = 240  # points of a curve; more points are replaced by a mean and a range
+_MAX_POINTS = 240  # points of a curve; more points are replaced by a mean and a range
 _MARKED = 40  # the largest number of points with marks
 
 
@@ -102,7 +102,7 @@ class _Plot:
                 el("path", d=f"{ring}Z", class_=f"band c{curve.color}"),
                 el("path", d=self._path(middle), class_=f"line c{curve.color}"),
             )
-        points = curve.points[:: ceil(len(curve.points) / _MOST)]
+        points = curve.points[:: ceil(len(curve.points) / _MAX_POINTS)]
         marks = [
             el(
                 "circle",
@@ -122,7 +122,7 @@ class _Plot:
 
 def smoothed(points: Sequence[Point]) -> tuple[list[Point], list[Point], list[Point]]:
     """Return the centered running mean over about a tenth of the points, and the lowest and highest values in it."""
-    half, every = max(len(points) // 20, 1), ceil(len(points) / _MOST)
+    half, every = max(len(points) // 20, 1), ceil(len(points) / _MAX_POINTS)
     middle, low, high = [], [], []
     for i in range(0, len(points), every):
         window = [value for _, value in points[max(i - half, 0) : i + half + 1]]

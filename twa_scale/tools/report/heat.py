@@ -8,12 +8,12 @@ from twa_scale.tools.report.elements import Html, el
 _WITH_NUMBERS = 14  # the largest number of columns with numbers in cells
 _NAMED = 20  # columns with names, if cells have no numbers
 _CELLS = 6000
-_MOST = 64
+_MAX_COLUMNS = 64
 
 
 def most_columns(num_rows: int) -> int:
     """Return the largest number of columns of a small map."""
-    return max(8, min(_MOST, _CELLS // max(num_rows, 1)))
+    return max(8, min(_MAX_COLUMNS, _CELLS // max(num_rows, 1)))
 
 
 def heat_map(

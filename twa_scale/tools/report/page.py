@@ -19,7 +19,7 @@ from twa_scale.tools.report.elements import Content, Html, el, joined, table
 from twa_scale.tools.report.material import CONFIG, Material, dumped
 from twa_scale.version import __version__
 
-_MOST_CHARTS = 12
+_MAX_CHARTS = 12
 _STATUS = {"finished": "finished", "running": "still running", "stopped": "not finished"}
 
 
@@ -146,11 +146,11 @@ def _curves(material: Material) -> Html | None:
     charts = [drawn for drawn in _charts(material) if drawn is not None]
     if not charts:
         return None
-    left_out = len(charts) - _MOST_CHARTS
+    left_out = len(charts) - _MAX_CHARTS
     note = f"{left_out} more metrics are in metrics.jsonl." if left_out > 0 else None
     return joined(
         el("h2", "Curves"),
-        el("div", *charts[:_MOST_CHARTS], class_="charts"),
+        el("div", *charts[:_MAX_CHARTS], class_="charts"),
         el("p", note, class_="note") if note else None,
     )
 
