@@ -44,6 +44,10 @@ def check_segments(kernels: Kernels, rows: Rows, segments: Segments, dtypes: Seq
     off = 2e-6 * sums_of(size * g, segments) + half * sums_of(size, segments) * (g.amax() if m else 0) + 1e-30
     assert ((actual - sums_of(values * gradient.double(), segments)).abs() <= off).all()
     assert ((actual.sum(1) - kernels.project(rows, gradient)).abs() <= 2 * off.sum(1)).all()
+    wider = torch.full((count, n + 1), 3.0, dtype=torch.float64)  # the last column is that of the center
+    kernels.project(rows, gradient, segments, wider.T[:-1])
+    torch.testing.assert_close(wider[:, :-1] - 3, actual.T, rtol=0, atol=1e-9 * float(3 + actual.abs().sum()))
+    assert (wider[:, -1] == 3).all()
     out, each = torch.full((m,), torch.nan), w[:, of] * size
     kernels.combine(rows, weights, base, 0.7, out, segments)
     expected = 0.7 * base.double() + (weights[:, of].double() * values).sum(0)
@@ -61,7 +65,7 @@ def check_segments(kernels: Kernels, rows: Rows, segments: Segments, dtypes: Seq
 @settings(max_examples=25, deadline=None)
 @given(
     data=st.data(),
-    n=st.integers(1, 9),
+    n=st.one_of(st.integers(1, 9), st.sampled_from([16, 17, 40])),
     m=LENGTHS,
     start=st.integers(0, 300),
     length=SIZES,
@@ -75,6 +79,17 @@ def test_against_float64(
     # One kind of packed rows suffices for other types of weights, because numba compiles for each type.
     dtypes = [torch.bfloat16, torch.float16] if kind in ("packed4", "float32", "differences") else []
     check_segments(kernels, make(kind, torch.randn(n, m), start), Segments(length, lead, m), dtypes)
+
+
+@pytest.mark.parametrize("kind", ["float32", "packed4", "packed1"])
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+@pytest.mark.parametrize("column", [0, 255, 256, 270, 4000])
+def test_a_gradient_that_is_not_finite_reaches_its_own_segment_only(kernels: Kernels, kind: str, column: int) -> None:
+    torch.manual_seed(0)
+    segments, gradient = Segments(100, 30, 5000), torch.randn(5000)
+    gradient[column] = torch.nan
+    finite = kernels.project(make(kind, torch.randn(17, 5000), 7), gradient, segments).isfinite()
+    assert finite.sum() == 17 * (segments.count - 1) and not finite[:, segment_of(segments)[column]].any()
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "packed4", "packed1", "differences"])

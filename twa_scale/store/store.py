@@ -60,7 +60,7 @@ class Store(Protocol):
         """Yield the same products over each segment, for a piece of the span at a time.
 
         The sums of all segments may need more memory than the rows. Those of a piece stay in a CPU's cache until the
-        caller has used them.
+        caller has used them. Take all pieces before the store is used again: a store may use one buffer for several.
 
         Args:
             span: a reserved span.

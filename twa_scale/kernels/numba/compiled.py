@@ -48,15 +48,16 @@ class NumbaKernels:
         """Add the inner products <row_i, gradient> to `out`, and return it."""
         n, right = rows.n, _array(gradient)
         out = new_sums(n, segments, gradient.device) if out is None else out
-        found = out.T if segments else out[None]
-        shared: list[tuple[int, int, torch.Tensor]] = []
+        table = out.T if segments else out[None]
+        found = table.numpy()  # Arithmetic of torch would start its own threads in each of these.
+        shared: list[tuple[int, int, Any]] = []
 
         def work(start: int, stop: int) -> None:
             first, count, part = _part(segments, rows, start, stop)
             # `own` is a view of `found`. If an earlier range has a part of the first segment, it is copied later.
             begins = start == 0 or (segments is not None and part[1] == 0)
-            own = found[first : first + count] if begins else torch.zeros(count, n, dtype=torch.float64)
-            total = _flat(own), np.uint64(own.stride(0))
+            own = found[first : first + count] if begins else np.zeros((count, n))
+            total = _flat(table[first : first + count] if begins else torch.from_numpy(own)), _stride(own)
             match rows:
                 case Dense():
                     loops.project_dense(_array(rows.values), n, rows.m, TILE, right, part, start, stop, total)
@@ -68,7 +69,7 @@ class NumbaKernels:
                     cut, sums = (start * _PIECE, min(stop * _PIECE, len(right))), np.zeros((n, count))
                     for row, some in zip(rows.rows, sums, strict=True):
                         loops.project_differences(_array(row), rows.center.numpy(), right, *cut, _PART, part, some)
-                    own += torch.from_numpy(sums.T)
+                    own += sums.T
             if not begins:
                 found[first + 1 : first + count] += own[1:]
                 shared.append((start, first, own[0]))
@@ -218,6 +219,11 @@ def _flat(rows: torch.Tensor) -> Any:
     assert rows.stride(1) == 1 or rows.shape[1] <= 1
     size = (len(rows) - 1) * rows.stride(0) + rows.shape[1] if rows.numel() else 0
     return rows.as_strided((size,), (1,)).numpy()
+
+
+def _stride(rows: Any) -> Any:
+    """Return the row stride of float64 numbers, in elements."""
+    return np.uint64(rows.strides[0] // rows.itemsize)
 
 
 def _packed(rows: Packed) -> Any:

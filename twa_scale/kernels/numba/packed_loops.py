@@ -22,7 +22,7 @@ from twa_scale.kernels.numba.packed_vectors import (
     store_past_caches,
     sum_rows,
 )
-from twa_scale.kernels.numba.shared_tiles import add_to_products, combine_rests, divide, project_rests
+from twa_scale.kernels.numba.shared_tiles import add_to_products, combine_rests, divide, project_rests, rest_memory
 from twa_scale.kernels.packed_rows import BLOCKS, RUN
 
 ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
@@ -68,10 +68,10 @@ def _padded(source: Any, first: Any, n: Any, width: Any, target: Any, pitch: Any
 
 
 @inlined
-def _places(fields: Any, tile: Any) -> Any:
+def _division(fields: Any, tile: Any) -> Any:
     """Return uninitialized arrays for the blocks and the rests of a tile, as `divide` writes them."""
-    blocks = np.empty(fields, U), np.empty(fields, U), np.empty(fields, U)
-    return blocks, (np.empty(tile, U), np.empty(tile, U), np.empty(tile, U))
+    of_blocks = np.empty(fields, U), np.empty(fields, U), np.empty(fields, U)
+    return of_blocks, (np.empty(tile, U), np.empty(tile, U), np.empty(tile, U))
 
 
 def _project_loop(bits: int, many: bool) -> Callable[..., None]:
@@ -86,11 +86,12 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
         products, pitch = total
         tile, chunks, size = block * fields, _chunks(n, fields), n * SIXTEEN
         factors, sums = np.empty(chunks * SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
-        lanes = np.zeros((fields if many else ONE) * size + SIXTEEN * SIXTEEN, np.float32)  # `move_lanes` reads 16 rows
+        lanes = np.zeros((fields if many else ONE) * size + SIXTEEN * SIXTEEN, np.float32)  # read by `move_lanes`
         own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
         right, integers, units = np.empty(tile, np.float32), np.empty(tile, np.int16), np.empty(SIXTEEN, np.float32)
-        shares, rests = _places(fields, tile if many else ONE)
-        _, places, different = shares
+        of_blocks, rests = _division(fields, tile if many else ONE)
+        _, places, different = of_blocks
+        memory = rest_memory(n, block)
         places[:] = U(0)
         # The end of the segment is counted from the start of the first block, as tiles are.
         segment, end = U(0), max(U(start) * tile, lead) + length - front
@@ -105,7 +106,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
             different[0] = segment
             if many and apart:
                 place = segment, end - at
-                segment, end, count, num_places = divide(block, skip, used, place, length, size, shares, rests)
+                segment, end, count, num_places = divide(block, skip, used, place, length, size, of_blocks, rests)
                 end += at
                 whole = whole and count == U(0)
             elif many:
@@ -124,7 +125,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 for j in range(skip, used):
                     right[j] = widen(gradient[at + j - lead])
                 if many and count > U(0):
-                    project_rests(bits, block, (codes, word, own, n), rests, count, right, products, pitch)
+                    project_rests(bits, block, (codes, word, own, n), rests, count, right, total, memory)
                 quantize_gradient(bits, integers, units, right, U(0), fields)
             after = at + tile - lead
             if many:
@@ -156,8 +157,8 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
         own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
         pairs, firsts = np.empty(chunks * SIXTEEN // U(2), np.int32), np.empty(SIXTEEN, np.int32)
         units, each = np.empty(SIXTEEN, np.float32), np.zeros(chunks * SIXTEEN, np.float32)
-        shares, rests = _places(fields, tile if many else ONE)
-        owners = shares[0]
+        of_blocks, rests = _division(fields, tile if many else ONE)
+        owners, part = of_blocks[0], np.empty(block, np.float32)
         segment, end = U(0), max(U(start) * tile, lead) + length - front
         owners[:] = segment
         new = True  # whether the weights of this tile differ from those of the tile before
@@ -172,7 +173,7 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                     owners[:] = segment
                 if apart:
                     place = segment, end - at
-                    segment, end, count, _ = divide(block, skip, used, place, length, U(0), shares, rests)
+                    segment, end, count, _ = divide(block, skip, used, place, length, U(0), of_blocks, rests)
                     end += at
             if new or apart:
                 spread_weights(bits, each, weights, owners, n)
@@ -190,7 +191,7 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                 codes, first = padded, U(0)
             sum_rows(bits, total, codes, first, n, pairs, firsts, units, base, at + tile - lead)
             if many and count > U(0):
-                combine_rests(bits, block, (codes, first, own, n), rests, count, weights, total)
+                combine_rests(bits, block, (codes, first, own, n), rests, count, weights, total, part)
             if (
                 m >= _LARGE
                 and used == tile

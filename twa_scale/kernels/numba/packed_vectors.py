@@ -201,7 +201,7 @@ def _add_dots(v: TileEmitter, *, many: bool) -> None:
         if not many:
             _add_fields(v, dots, starts)
             continue
-        one = reduce(b.and_, (b.icmp_unsigned("==", start, starts[0]) for start in starts))
+        one = reduce(b.and_, (b.icmp_unsigned("==", start, starts[0]) for start in starts[1:]))
         with b.if_else(one) as (together, apart):
             with together:
                 _add_fields(v, dots, starts[:1])
@@ -213,8 +213,8 @@ class _Dots(NamedTuple):
     """Fields of a tile that are computed together, and their gradient."""
 
     fields: list[int]
-    first: Any
-    """The index of their words in a block."""
+    word: Any
+    """The index of their first word in a block."""
     part: Any
     """The number of earlier parts of the tile."""
     integers: list[list[Any]]
@@ -225,13 +225,13 @@ class _Dots(NamedTuple):
 
 def _add_fields(v: TileEmitter, dots: _Dots, starts: Sequence[Any]) -> None:
     """Add the products of all rows to their lanes, from one index on for all fields or from one for each."""
-    fields, first, part, integers, firsts = dots
+    fields, word, part, integers, firsts = dots
     per_start = len(fields) // len(starts)
     with cgutils.for_range(v.build, v["n"]) as row:
         v.prefetch_next("gradient", part, row.index, v["n"], v.block * len(fields) // v.fields)
         sums = firsts
         for c in range(v.block // WIDE):
-            words = v.load("words", v.at(v["at"], v.times(row.index, v.block), first, c * WIDE), WIDE)
+            words = v.load("words", v.at(v["at"], v.times(row.index, v.block), word, c * WIDE), WIDE)
             codes = v.codes(words, fields)
             sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, integers, strict=True)]
         for i, start in enumerate(starts):

@@ -17,7 +17,7 @@ ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
 
 
 @compiled
-def divide(block: Any, skip: Any, used: Any, place: Any, length: Any, size: Any, blocks: Any, rests: Any) -> Any:
+def divide(block: Any, skip: Any, used: Any, place: Any, length: Any, size: Any, of_blocks: Any, rests: Any) -> Any:
     """Find the segments of a tile.
 
     Args:
@@ -27,14 +27,14 @@ def divide(block: Any, skip: Any, used: Any, place: Any, length: Any, size: Any,
         place: the segment of the first element, and the end of this segment, counted from the start of the tile.
         length: the length of a segment.
         size: the number of lanes for the sums of a segment.
-        blocks: three arrays that get, for each block, the segment of its first element and the first lane of this
+        of_blocks: three arrays that get, for each block, the segment of its first element and the first lane of this
             segment, and the different ones of these segments, in order.
         rests: three arrays that get the first element, the end and the segment of each rest.
 
     Returns:
         The segment of the last element, its end, the number of rests, and the number of different segments of blocks.
     """
-    owners, places, different = blocks
+    owners, places, different = of_blocks
     starts, stops, segments = rests
     segment, end = place
     k, count, lanes, num_blocks = U(0), U(0), U(0), (used + block - ONE) // block
@@ -67,10 +67,17 @@ def add_to_products(products: Any, to: Any, lanes: Any, first: Any, n: Any, sums
 
 
 @inlined
+def rest_memory(n: Any, block: Any) -> Any:
+    """Return memory for `project_rests`: lanes, their sums, and the gradient of a block as integers and as floats."""
+    lanes, sums = np.empty((n + SIXTEEN) * SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
+    return lanes, sums, np.empty(block, np.int16), np.empty(SIXTEEN, np.float32), np.empty(block, np.float32)
+
+
+@inlined
 def project_rests(
-    bits: Any, block: Any, rows: Any, rests: Any, count: Any, gradient: Any, products: Any, pitch: Any
+    bits: Any, block: Any, rows: Any, rests: Any, count: Any, gradient: Any, total: Any, memory: Any
 ) -> None:
-    """Add the products of the rests of a tile to `products`, and set their gradient to zero.
+    """Add the products of the rests of a tile to `total`, and set their gradient to zero.
 
     Args:
         bits: the number of bits of a code, a constant.
@@ -79,14 +86,13 @@ def project_rests(
         rests: from `divide`.
         count: the number of rests.
         gradient: the gradient of the tile, float32.
-        products: (count, n), float64, flat.
-        pitch: their row stride.
+        total: products (count, n), float64, flat, and their row stride.
+        memory: from `rest_memory`.
     """
+    products, pitch = total
+    lanes, sums, integers, units, right = memory
     words, at, scales, n = rows
     starts, stops, segments = rests
-    lanes, sums = np.empty((n + SIXTEEN) * SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
-    integers, units = np.empty(block, np.int16), np.empty(SIXTEEN, np.float32)
-    right = np.empty(block, np.float32)
     for r in range(U(count)):
         low, high, k = starts[r], stops[r], starts[r] // block
         right[:] = FLOAT0
@@ -99,11 +105,12 @@ def project_rests(
 
 
 @inlined
-def combine_rests(bits: Any, block: Any, rows: Any, rests: Any, count: Any, weights: Any, total: Any) -> None:
-    """Write sum_i weight_i row_i of the rests of a tile to `total`. The weights are (count, n)."""
+def combine_rests(
+    bits: Any, block: Any, rows: Any, rests: Any, count: Any, weights: Any, total: Any, part: Any
+) -> None:
+    """Write sum_i weight_i row_i of the rests of a tile to `total`. The weights are (count, n); `part` is memory."""
     words, at, scales, n = rows
     starts, stops, segments = rests
-    part = np.empty(block, np.float32)
     for r in range(U(count)):
         k = starts[r] // block
         low, high = starts[r] - k * block, stops[r] - k * block
