@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tests import models
-from tests.ranks.test_snapshots_asynchronous import gate
+from tests.ranks.test_snapshots_asynchronous import block_writes
 from twa_scale.output import background
 from twa_scale.output.snapshots import Snapshots
 
@@ -23,7 +23,7 @@ def run(rank: int, mode: str, directory: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model = models.wrap(models.build(0, (1,)), "fsdp2")
     (directory / mode).mkdir(exist_ok=True)
-    with gate():
+    with block_writes():
         Snapshots(directory / mode, every_n_steps=1, asynchronous=True).step(model, 1)
         dist.barrier()
         if mode == f"kill-{rank}":

@@ -76,7 +76,7 @@ class Mix(nn.Module):
         return text * self.scale + image[:, None] * (1 + self.rows[0]) + self.rows[1]
 
 
-class Judged(nn.Module):
+class SmallModel(nn.Module):
     """Next-token prediction of a text with an image."""
 
     def __init__(self, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> None:
@@ -96,11 +96,11 @@ class Judged(nn.Module):
         return logits
 
 
-def build(seed: int = 0, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> Judged:
+def build(seed: int = 0, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> SmallModel:
     """Return the model in float32. The same seed gives the same values on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Judged(scalar_shape)
+        model = SmallModel(scalar_shape)
         for name, p in model.named_parameters():
             if p.dim() < 2 or name in (TINY, FROZEN):  # norms and biases do not keep their initial values 0 and 1
                 p.data += 0.3 * torch.randn_like(p)
@@ -175,7 +175,7 @@ def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = No
         return stored
     if engine in flattened.ENGINES:
         return flattened.wrap(model, engine)
-    assert isinstance(model, Judged)
+    assert isinstance(model, SmallModel)
     options: dict[str, Any] = {}
     if engine in meshes.ENGINES:
         mesh = meshes.mesh_of(engine)

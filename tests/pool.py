@@ -136,7 +136,7 @@ class Pool:
             ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = sorted(pipes.values())
-                message = f"{_summary(outcomes, late)}\n" + "\n".join(_where(rank, workers[rank]) for rank in late)
+                message = f"{_summary(outcomes, late)}\n" + "\n".join(_stack_of(rank, workers[rank]) for rank in late)
                 message += "".join(
                     f"\nrank {rank}:\n{outcome.trace}" for rank, outcome in outcomes.items() if outcome.error
                 )
@@ -183,7 +183,7 @@ def _summary(outcomes: "list[Outcome] | dict[int, Outcome]", late: list[int] | N
     return "; ".join(messages)
 
 
-def _where(rank: int, worker: Worker) -> str:
+def _stack_of(rank: int, worker: Worker) -> str:
     stack = worker.stack.read_text().strip() if worker.stack.exists() else ""
     return f"rank {rank} was last seen in:\n{stack or '(no stack was written)'}"
 

@@ -56,10 +56,10 @@ class Memory:
                 self.device.hazards.append(f"memory of {self._owner} is freed while {other} uses it")
 
 
-class Far(Tensor):
-    """A tensor that says that it is on the device. `near` is the same memory, as what it is."""
+class DeviceTensor(Tensor):
+    """A tensor that says that it is on the device. `host` is the same memory, as what it is."""
 
-    near: Tensor
+    host: Tensor
     memory: Memory
 
     @classmethod
@@ -71,7 +71,7 @@ class Far(Tensor):
             return True
         if function in (Tensor.cpu, Tensor.tolist) or (function == Tensor.to and _to_cpu(args[1:], kwargs)):
             args[0].memory.device.copied(args[0], waits=not kwargs.get("non_blocking"))
-            return function(args[0].near.clone(), *args[1:], **kwargs)
+            return function(args[0].host.clone(), *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
@@ -79,8 +79,8 @@ class Far(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch assigns a function without arguments' defaults
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        far = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Far))
-        return far.memory.device.run(function, args, kwargs or {})
+        on_device = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeviceTensor))
+        return on_device.memory.device.run(function, args, kwargs or {})
 
 
 def _to_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -172,10 +172,10 @@ class Simulated(TorchDispatchMode):
             self.host |= stream.clock
         self.waits.append("synchronize")
 
-    def far(self, near: Tensor, memory: Memory | None = None) -> Far:
-        """Return a tensor on the device with the memory of `near`."""
-        made: Far = torch.Tensor._make_subclass(Far, near)
-        made.near, made.memory = near, memory or Memory(self, self.current.name)
+    def on_device(self, host: Tensor, memory: Memory | None = None) -> DeviceTensor:
+        """Return a tensor on the device with the memory of `host`."""
+        made: DeviceTensor = torch.Tensor._make_subclass(DeviceTensor, host)
+        made.host, made.memory = host, memory or Memory(self, self.current.name)
         return made
 
     def lock(self, address: int, nbytes: int, tensor: Tensor | None = None) -> None:
@@ -188,9 +188,9 @@ class Simulated(TorchDispatchMode):
     def locked(self, tensor: Tensor) -> bool:
         return any(low <= tensor.data_ptr() < high for low, (high, _) in self._locked.items())
 
-    def copied(self, far: Far, *, waits: bool) -> None:
+    def copied(self, on_device: DeviceTensor, *, waits: bool) -> None:
         """Record a copy to the host."""
-        self._launch("copy to the host", [far.memory], [])
+        self._launch("copy to the host", [on_device.memory], [])
         if waits:
             self.host_waits(self.current.clock, "copy to the host")
 
@@ -199,28 +199,30 @@ class Simulated(TorchDispatchMode):
 
     def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Compute an operation, and record its effect on the device."""
-        fars = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Far)]
+        fars = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeviceTensor)]
         away = torch.device(kwargs["device"]).type == "cuda" if kwargs.get("device") else bool(fars)
-        near_args, near_kwargs = tree_map_only(Far, lambda far: far.near, (args, kwargs))
+        near_args, near_kwargs = tree_map_only(DeviceTensor, lambda on_device: on_device.host, (args, kwargs))
         on_cpu = {"device": torch.device("cpu")} if kwargs.get("device") else {}
         out = function(*near_args, **{**near_kwargs, **on_cpu})
-        known = {id(far.near): far for far in fars}  # in-place operations return their argument
-        positions = {far.near.untyped_storage().data_ptr(): far.memory for far in fars if far.nbytes}
+        known = {id(on_device.host): on_device for on_device in fars}  # in-place operations return their argument
+        positions = {
+            on_device.host.untyped_storage().data_ptr(): on_device.memory for on_device in fars if on_device.nbytes
+        }
         made: list[Memory] = []
 
-        def wrapped(near: Tensor) -> Tensor:
-            if id(near) in known:
-                return known[id(near)]
-            far = self.far(near, positions.get(near.untyped_storage().data_ptr()))
-            made.append(far.memory)
-            return far
+        def wrapped(host: Tensor) -> Tensor:
+            if id(host) in known:
+                return known[id(host)]
+            on_device = self.on_device(host, positions.get(host.untyped_storage().data_ptr()))
+            made.append(on_device.memory)
+            return on_device
 
         if away and function.overloadpacket is not aten._local_scalar_dense:
             out = tree_map_only(Tensor, wrapped, out)
-        self._note(function, args, kwargs, made)
+        self._record(function, args, kwargs, made)
         return out
 
-    def _note(self, function: Any, args: Any, kwargs: dict[str, Any], made: list[Memory]) -> None:
+    def _record(self, function: Any, args: Any, kwargs: dict[str, Any], made: list[Memory]) -> None:
         name = str(function.overloadpacket).removeprefix("aten.")
         read: list[Tensor] = []
         written: list[Tensor] = []
@@ -232,9 +234,9 @@ class Simulated(TorchDispatchMode):
             (read if alias is None else written).extend(t for t in tree_leaves(value) if isinstance(t, Tensor))
         if name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "is_pinned"):
             return
-        hosts = [t for t in read if not isinstance(t, Far)]
+        hosts = [t for t in read if not isinstance(t, DeviceTensor)]
         sources, targets = (list(map(self._memory, tensors)) for tensors in (read, written))
-        if not made and not any(isinstance(t, Far) for t in (*read, *written)):
+        if not made and not any(isinstance(t, DeviceTensor) for t in (*read, *written)):
             self._access(_HOST, self.host, name, sources, targets)
             return
         self._launch(name, sources, targets + made)
@@ -257,7 +259,7 @@ class Simulated(TorchDispatchMode):
                 memory.access(place, clock[place], clock, name, write=write)
 
     def _memory(self, tensor: Tensor) -> Memory:
-        if isinstance(tensor, Far):
+        if isinstance(tensor, DeviceTensor):
             return tensor.memory
         if not self.locked(tensor):  # copies from other memory complete before the host continues
             return Memory(self, _HOST)

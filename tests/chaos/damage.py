@@ -10,37 +10,37 @@ _PAGE = 4096
 _HEAD = 2048  # bytes at each end of a file, where headers and directories are; half of the damage is there
 
 
-def _place(raw: bytearray, chance: random.Random) -> int:
+def _position(raw: bytearray, chance: random.Random) -> int:
     resident = chance.choice((0, max(0, len(raw) - _HEAD), None, None))
     return chance.randrange(len(raw)) if resident is None else min(len(raw) - 1, resident + chance.randrange(_HEAD))
 
 
 def flip_bits(raw: bytearray, chance: random.Random) -> None:
     for _ in range(chance.choice((1, 1, 1, 2, 8))):
-        raw[_place(raw, chance)] ^= 1 << chance.randrange(8)
+        raw[_position(raw, chance)] ^= 1 << chance.randrange(8)
 
 
 def overwrite_bytes(raw: bytearray, chance: random.Random) -> None:
-    start = _place(raw, chance)
+    start = _position(raw, chance)
     stop = min(len(raw), start + chance.choice((1, 2, 4, 8, 64)))
     raw[start:stop] = chance.choice((b"\0", b"\xff", chance.randbytes(1))) * (stop - start)
 
 
 def zero_page(raw: bytearray, chance: random.Random) -> None:
-    start = _place(raw, chance) // _PAGE * _PAGE
+    start = _position(raw, chance) // _PAGE * _PAGE
     stop = min(len(raw), start + _PAGE)
     raw[start:stop] = bytes(stop - start)
 
 
 def swap_ranges(raw: bytearray, chance: random.Random) -> None:
     size = chance.choice((1, 4, 32, 512))
-    a, b = _place(raw, chance), _place(raw, chance)
+    a, b = _position(raw, chance), _position(raw, chance)
     first, second = raw[a : a + size], raw[b : b + size]
     raw[a : a + len(first)], raw[b : b + len(first)] = second[: len(first)], first[: len(second)]
 
 
 def truncate(raw: bytearray, chance: random.Random) -> None:
-    del raw[chance.choice((0, 1, 8, len(raw) // 2, len(raw) - 1, _place(raw, chance))) :]
+    del raw[chance.choice((0, 1, 8, len(raw) // 2, len(raw) - 1, _position(raw, chance))) :]
 
 
 def extend(raw: bytearray, chance: random.Random) -> None:
@@ -49,12 +49,12 @@ def extend(raw: bytearray, chance: random.Random) -> None:
 
 
 def insert(raw: bytearray, chance: random.Random) -> None:
-    at = _place(raw, chance)
+    at = _position(raw, chance)
     raw[at:at] = chance.randbytes(chance.choice((1, 8, 100)))
 
 
 def remove(raw: bytearray, chance: random.Random) -> None:
-    at = _place(raw, chance)
+    at = _position(raw, chance)
     del raw[at : at + chance.choice((1, 8, 100))]
 
 

@@ -34,7 +34,7 @@ class Disk:
     mount: Path | None = None
     filling: threading.Timer | None = None
 
-    def relieve(self) -> None:
+    def free_space(self) -> None:
         """Free space."""
         self.limit = None
         if self.filling:
@@ -76,7 +76,7 @@ def filled(work: Work, root: Path, chance: random.Random, seconds: float) -> Ite
         yield Disk(root / "work", mount=root, filling=timer)
 
 
-WAYS = {method.__name__: contextmanager(method) for method in (limited, small, filled)}
+METHODS = {method.__name__: contextmanager(method) for method in (limited, small, filled)}
 
 
 @pytest.mark.chaos
@@ -87,13 +87,13 @@ def test_full_disks(ranks: Pool, works: dict[str, Work], tmp_path: Path, name: s
     work.prepare(tmp_path)
     ranks(attempt, size, work=work, directory=tmp_path)
     seconds = time.monotonic() - started
-    refused = Counter(dict.fromkeys(WAYS, 0))
-    for number, method in product(range(CASES[name]), WAYS):
+    refused = Counter(dict.fromkeys(METHODS, 0))
+    for number, method in product(range(CASES[name]), METHODS):
         chance = random.Random(f"{chaos_seed} {name} {method} {number}")
-        with WAYS[method](work, tmp_path / f"{method}-{number}", chance, seconds) as disk:
+        with METHODS[method](work, tmp_path / f"{method}-{number}", chance, seconds) as disk:
             before = work.found(disk.directory)
             outcomes = ranks.outcomes(attempt, size, work=work, directory=disk.directory, limit=disk.limit)
-            disk.relieve()
+            disk.free_space()
             if all(outcome.error is None for outcome in outcomes):
                 work.check_done(disk.directory, is_full=True)
             else:

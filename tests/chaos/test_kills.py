@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.victims import ELSEWHERE, Moment, Usual, Victim
+from tests.chaos.victims import ELSEWHERE, Moment, PhaseTiming, TargetProcess
 from tests.chaos.works import Work
 
 KILLS = {"run": 36, "continued": 30, "average": 10, "export": 10, "snapshots": 12, "asynchronous": 12}
@@ -49,10 +49,10 @@ def test_killed_at_random_moments(works: dict[str, Work], tmp_path: Path, name: 
     print(f"{time.monotonic() - started:.0f} s")
 
 
-def undisturbed(work: Work, directory: Path) -> dict[str, Usual]:
+def undisturbed(work: Work, directory: Path) -> dict[str, PhaseTiming]:
     work.prepare(directory)
-    victim = Victim(work.do, directory, phases=work.phases)
-    assert victim.ended() == 0, victim.said
+    victim = TargetProcess(work.do, directory, phases=work.phases)
+    assert victim.ended() == 0, victim.output
     work.check_done(directory)
     return victim.usual()
 
@@ -60,13 +60,13 @@ def undisturbed(work: Work, directory: Path) -> dict[str, Usual]:
 def life(work: Work, directory: Path, moment: Moment) -> str | None:
     """Return the phase in which a process was killed, or None if it completed before."""
     before = work.found(directory)
-    victim = Victim(work.do, directory, phases=work.phases)
+    victim = TargetProcess(work.do, directory, phases=work.phases)
     if not victim.reach(moment):
-        assert victim.ended() == 0, victim.said
+        assert victim.ended() == 0, victim.output
         return None
     phase = victim.stop(signal.SIGKILL)
     if victim.ended() == 0:
         return None
-    assert victim.ended() == -signal.SIGKILL, victim.said
+    assert victim.ended() == -signal.SIGKILL, victim.output
     work.check_kept(before, directory)
     return phase

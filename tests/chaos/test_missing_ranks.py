@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.victims import Moment, Usual, Victim
+from tests.chaos.victims import Moment, PhaseTiming, TargetProcess
 from tests.chaos.works import TrainingOnRanks
 
 TRIALS = {signal.SIGSTOP: 10, signal.SIGKILL: 4}
@@ -50,7 +50,7 @@ def trial(
     directory: Path,
     job: int,
     signal_number: signal.Signals,
-    usual: list[dict[str, Usual]],
+    usual: list[dict[str, PhaseTiming]],
     seed: int,
 ) -> tuple[str, float]:
     """Return the outcome, and the seconds from the signal to the end of the other rank."""
@@ -79,12 +79,12 @@ def trial(
     else:
         description = (
             f"rank {failed_rank} of job {job}, {signal_number.name} in {phase}: "
-            f"the other ended with {code}: {other.said}"
+            f"the other ended with {code}: {other.output}"
         )
-        assert code == 2 and other.said.startswith(
+        assert code == 2 and other.output.startswith(
             f"RankError: rank {1 - failed_rank} could not complete a collective"
         ), description
-        assert f"rank {failed_rank}" in other.said, description
+        assert f"rank {failed_rank}" in other.output, description
     before = work.found(directory)
     to_the_end(work, directory, job)
     work.check_kept(before, directory)
@@ -92,13 +92,13 @@ def trial(
     return outcome, took
 
 
-def to_the_end(work: TrainingOnRanks, directory: Path, job: int) -> list[Victim]:
+def to_the_end(work: TrainingOnRanks, directory: Path, job: int) -> list[TargetProcess]:
     victims = start(work, directory, job)
-    assert [victim.ended() for victim in victims] == [0, 0], [victim.said for victim in victims]
+    assert [victim.ended() for victim in victims] == [0, 0], [victim.output for victim in victims]
     return victims
 
 
-def start(work: TrainingOnRanks, directory: Path, job: int) -> list[Victim]:
+def start(work: TrainingOnRanks, directory: Path, job: int) -> list[TargetProcess]:
     shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     own = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    return [Victim(work.do, directory, phases=work.phases, environment=shared | local) for local in own]
+    return [TargetProcess(work.do, directory, phases=work.phases, environment=shared | local) for local in own]

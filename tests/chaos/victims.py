@@ -46,7 +46,7 @@ _LONG = 120.0  # time limit of a process in seconds
 
 
 @dataclass
-class Usual:
+class PhaseTiming:
     """How often a phase occurs in an undisturbed process, and its duration in seconds."""
 
     count: int
@@ -62,12 +62,12 @@ class Moment:
     seconds: float
 
     @classmethod
-    def of(cls, phase: str, usual: Usual, chance: random.Random) -> "Moment":
+    def of(cls, phase: str, usual: PhaseTiming, chance: random.Random) -> "Moment":
         """Draw a moment. All moments are equally likely."""
         return cls(phase, chance.randint(1, usual.count), chance.random() * usual.seconds)
 
 
-class Victim:
+class TargetProcess:
     """A process that calls a function of a module and reports which of `phases` it enters and leaves."""
 
     def __init__(
@@ -81,20 +81,20 @@ class Victim:
         context.set_forkserver_preload(PRELOAD)
         self._pipe, there = context.Pipe(duplex=False)
         self._process: BaseProcess = context.Process(
-            target=_live, args=(there, phases, dict(environment), function, arguments), daemon=True
+            target=_run_work, args=(there, phases, dict(environment), function, arguments), daemon=True
         )
         self._process.start()
         there.close()
         self._entered: dict[str, list[float]] = defaultdict(list)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._phase = ELSEWHERE
-        self.said = ""
+        self.output = ""
         """The error by which it ended itself."""
 
     def reach(self, moment: Moment) -> bool:
         """Wait for a moment. Return False if the process ended before."""
         while len(self._entered[moment.phase]) < moment.count:
-            if not self._hear(_LONG):
+            if not self._receive(_LONG):
                 return False
         time.sleep(moment.seconds)
         return True
@@ -106,14 +106,14 @@ class Victim:
             os.kill(self._process.pid, number)
         if number == signal.SIGKILL:
             self._process.join(_LONG)
-        while self._hear(0.2):
+        while self._receive(0.2):
             pass
         return self._phase
 
     def ended(self, seconds: float = _LONG) -> int | None:
         """Wait for the end. Return the exit code, or None after `seconds`."""
         deadline = time.monotonic() + seconds
-        while self._hear(max(0.0, deadline - time.monotonic())):
+        while self._receive(max(0.0, deadline - time.monotonic())):
             pass
         self._process.join(max(0.1, deadline - time.monotonic()))
         return self._process.exitcode
@@ -124,11 +124,13 @@ class Victim:
         self._process.join()
         self._pipe.close()
 
-    def usual(self) -> dict[str, Usual]:
+    def usual(self) -> dict[str, PhaseTiming]:
         """Return the phases of a process that completed."""
-        return {phase: Usual(len(seconds), sum(seconds) / len(seconds)) for phase, seconds in self._seconds.items()}
+        return {
+            phase: PhaseTiming(len(seconds), sum(seconds) / len(seconds)) for phase, seconds in self._seconds.items()
+        }
 
-    def _hear(self, seconds: float) -> bool:
+    def _receive(self, seconds: float) -> bool:
         """Receive one message. Return False if none arrives within `seconds`, or if the process has ended."""
         try:
             if not self._pipe.poll(seconds):
@@ -144,11 +146,11 @@ class Victim:
                 self._seconds[phase].append(current - self._entered[phase][-1])
                 self._phase = ELSEWHERE
             case "error":
-                self.said = phase
+                self.output = phase
         return True
 
 
-def _live(
+def _run_work(
     pipe: Connection,
     phases: tuple[str, ...],
     environment: dict[str, str],
@@ -158,7 +160,7 @@ def _live(
     torch.set_num_threads(1)
     os.environ.update(environment)
     for phase in phases:
-        _tell(phase, pipe)
+        _report(phase, pipe)
     code = 0
     try:
         function(*arguments)
@@ -168,7 +170,7 @@ def _live(
     exit_process(code)
 
 
-def _tell(phase: str, pipe: Connection) -> None:
+def _report(phase: str, pipe: Connection) -> None:
     """Make the function of a phase report its start and its end."""
     owner, name = PHASES[phase]
     function = getattr(owner, name)

@@ -45,7 +45,7 @@ def test_the_best_is_taken(ranks: Pool, scores: TrainedCandidates, tmp_path: Pat
     assert min(losses.values()) < losses["center"] - 1e-3
 
 
-class Lines(Report):
+class LogRecorder(Report):
     """Keeps the lines that a run reports."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def test_the_best_three_of_a_part_of_the_batches_are_evaluated_on_all(
 ) -> None:
     changes: dict[str, Any] = {"center": "first", "evaluate_batches": 8, "start": "best", "batch_size": 4}
     config = validated(RunConfig, settings(scores.candidates, scores.task, tmp_path, **changes))
-    report, parts, wholes = Lines(), dict[str, float](), dict[str, float]()
+    report, parts, wholes = LogRecorder(), dict[str, float](), dict[str, float]()
 
     def start() -> dict[str, Any]:
         world = World.from_environment()
@@ -83,7 +83,7 @@ def test_the_best_three_of_a_part_of_the_batches_are_evaluated_on_all(
     assert report.said[-1] == f"start: {best}, the best of {len(parts)} averages that need no training"
 
 
-class Beginning(Report):
+class TimeRecorder(Report):
     """Reads the times that a run measured before its first step."""
 
     run: Run
@@ -101,7 +101,7 @@ def test_the_cost_of_a_step_has_no_other_work(
     data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=1, compare=False)
     if "steps" in changes:
         run_here(data)  # a continued run loads a state and writes its weights
-    report = Beginning(active=False)
+    report = TimeRecorder(active=False)
 
     def train() -> dict[str, Any]:
         config, world = validated(RunConfig, data | changes), World.from_environment()

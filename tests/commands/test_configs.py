@@ -26,7 +26,7 @@ RUNS = {
     "pods": (2, "text"),
     "tail": (2, "text"),
 }
-ELSEWHERE = {
+TESTED_ELSEWHERE = {
     "quickstart",
     "soup",
     "zero3",
@@ -44,7 +44,7 @@ def test_configuration_is_valid(shell: Callable[..., CommandResult], config: Pat
 
 
 def test_each_configuration_is_tested() -> None:
-    assert {path.stem for path in CONFIGS} == {*RUNS, *ELSEWHERE}
+    assert {path.stem for path in CONFIGS} == {*RUNS, *TESTED_ELSEWHERE}
 
 
 @pytest.mark.parametrize("name", RUNS)

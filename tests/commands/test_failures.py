@@ -61,7 +61,7 @@ def cut(candidate: Path) -> str:
     return file.name
 
 
-def garble(candidate: Path) -> str:
+def overwrite_with_random_bytes(candidate: Path) -> str:
     file = files_of(candidate)[-1]
     content = bytearray(file.read_bytes())
     content[8:20] = b"\xff" * 12
@@ -80,7 +80,7 @@ def garble_index(candidate: Path) -> str:
     return "model.safetensors.index.json"
 
 
-@pytest.mark.parametrize("damage", [cut, garble, remove, garble_index])
+@pytest.mark.parametrize("damage", [cut, overwrite_with_random_bytes, remove, garble_index])
 @pytest.mark.parametrize(("engine", "size"), [("ddp", 2), ("fsdp2", 3)])
 def test_a_shard_that_is_damaged(
     ranks: Pool, tmp_path: Path, damage: Callable[[Path], str], engine: str, size: int

@@ -247,7 +247,7 @@ def test_a_signal_during_the_search(scores: TrainedCandidates, tmp_path: Path) -
     assert state["step"] == 1 and state["rate"]
 
 
-class Falling(Scores):
+class DecreasingMetric(Scores):
     """The first evaluations are better: the last of three trials, then step 0 and the end of the run."""
 
     def __init__(self) -> None:
@@ -261,7 +261,7 @@ class Falling(Scores):
 def test_end_of_a_trial_is_exported_if_it_is_the_best(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """A run with as many steps as a trial ends at the same weights."""
     config = tmp_path / "run.json"
-    task = TrainedCandidates({"name": f"{__name__}:Falling"}, scores.candidates)
+    task = TrainedCandidates({"name": f"{__name__}:DecreasingMetric"}, scores.candidates)
     changes = {"steps": 5, "start": "center", "evaluate_batches": 1, "compare": False}
     config.write_text(json.dumps(auto(task, tmp_path / "out", **changes)))
     result = shell("run", config)

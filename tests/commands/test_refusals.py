@@ -149,12 +149,12 @@ def test_bad_candidates(shell: Any, copied: TrainedCandidates, tmp_path: Path, k
     words = set_fault(copied, kind)
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(copied.candidates, copied.task, tmp_path / "out")))
-    typed: dict[str, tuple[object, ...]] = {
+    run_program: dict[str, tuple[object, ...]] = {
         "run": (config,),
         "inspect": (copied.candidates,),
         "average": (copied.candidates, "--out", tmp_path / "out"),
     }
-    refused(shell(command, *typed[command]), *words)
+    refused(shell(command, *run_program[command]), *words)
     assert not (tmp_path / "out/average").exists() and not list(tmp_path.glob(".out*"))
     assert not list(Path(tmp_path).glob("out/*.safetensors"))
 
@@ -183,10 +183,10 @@ def test_one_candidate(shell: Any, config: Any, copied: TrainedCandidates) -> No
 )
 def test_average(text: TrainedCandidates, shell: Any, tmp_path: Path, words: list[str], message: list[str]) -> None:
     paths = sorted(Path(text.candidates).parent.glob("step-*"))
-    typed = [
+    run_program = [
         w.replace("{*}", text.candidates).replace("{0}", str(paths[0])).replace("{1}", str(paths[1])) for w in words
     ]
-    refused(shell("average", *typed, "--out", tmp_path / "out"), *message)
+    refused(shell("average", *run_program, "--out", tmp_path / "out"), *message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,7 +297,7 @@ def test_unknown_commands(shell: Any, words: list[str]) -> None:
 # In a separate process
 
 
-def typed(*words: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run_program(*words: object, **environment: str) -> "subprocess.CompletedProcess[str]":
     variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run(
         [sys.executable, *map(str, words)],
@@ -310,7 +310,7 @@ def typed(*words: object, **environment: str) -> "subprocess.CompletedProcess[st
 
 
 def test_one_message_as_a_process(config: Any) -> None:
-    result = typed("-m", "twa_scale", "run", config(), "basiss=pca")
+    result = run_program("-m", "twa_scale", "run", config(), "basiss=pca")
     refused(CommandResult(result.returncode, result.stdout, result.stderr), "'basiss'", "did you mean 'basis'?")
 
 
@@ -318,7 +318,7 @@ def test_one_message_as_a_process(config: Any) -> None:
 def test_torchrun(config: Any) -> None:
     """Two ranks with the same error print it once."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "twa_scale", "run")
-    result = typed(*launch, config(), "candidates=missing/*")
+    result = run_program(*launch, config(), "candidates=missing/*")
     assert result.returncode != 0 and len(re.findall(KINDS, result.stderr)) == 1, result.stderr
 
 

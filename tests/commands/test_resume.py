@@ -20,16 +20,16 @@ from twa_scale.output import DirectoryLock
 
 STEPS = 8
 EVERY = 2
-DEATH = 6  # the loss of this step raises; the last saved state is that of step 4
+FAILING_STEP = 6  # the loss of this step raises; the last saved state is that of step 4
 
 
-def life(trained_candidates: TrainedCandidates, output: Path, **changes: Any) -> dict[str, Any]:
+def run_settings(trained_candidates: TrainedCandidates, output: Path, **changes: Any) -> dict[str, Any]:
     usual = {"steps": STEPS, "checkpoint_every": EVERY, "evaluate_every": EVERY, "engine": "auto", "max_grad_norm": 1.0}
     return settings(trained_candidates.candidates, trained_candidates.task, output, **usual | changes)
 
 
-def dying(trained_candidates: TrainedCandidates) -> TrainedCandidates:
-    return TrainedCandidates(trained_candidates.task | {"die_at": DEATH}, trained_candidates.candidates)
+def interrupted_settings(trained_candidates: TrainedCandidates) -> TrainedCandidates:
+    return TrainedCandidates(trained_candidates.task | {"die_at": FAILING_STEP}, trained_candidates.candidates)
 
 
 def run_and_die(ranks: Pool, size: int, data: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def undisturbed(
     outputs = {}
     for engine, size in (("plain", 1), ("ddp", 2), ("fsdp2", 2)):
         outputs[engine, size] = tmp_path_factory.mktemp("whole") / "out"
-        ranks(run_here, size, data=life(scores, outputs[engine, size], engine=engine))
+        ranks(run_here, size, data=run_settings(scores, outputs[engine, size], engine=engine))
     return outputs
 
 
@@ -61,10 +61,10 @@ def test_the_same_ranks_end_with_the_same_bits(
     engine: str,
     size: int,
 ) -> None:
-    run_and_die(ranks, size, life(dying(scores), tmp_path, engine=engine))
+    run_and_die(ranks, size, run_settings(interrupted_settings(scores), tmp_path, engine=engine))
     assert state_of(tmp_path)["step"] == 4 and not (tmp_path / "average").exists()
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5]
-    ranks(run_here, size, data=life(scores, tmp_path, engine=engine))
+    ranks(run_here, size, data=run_settings(scores, tmp_path, engine=engine))
     whole, continued = undisturbed[engine, size], tmp_path
     for key in ("x", "coefficients"):
         assert torch.equal(state_of(whole)["twa"][key], state_of(continued)["twa"][key])
@@ -84,8 +84,8 @@ def test_other_ranks_end_with_the_same_weights(
     before: int,
     after: int,
 ) -> None:
-    run_and_die(ranks, before, life(dying(scores), tmp_path))
-    ranks(run_here, after, data=life(scores, tmp_path))
+    run_and_die(ranks, before, run_settings(interrupted_settings(scores), tmp_path))
+    ranks(run_here, after, data=run_settings(scores, tmp_path))
     expected, actual = load(undisturbed["plain", 1] / "average"), load(tmp_path / "average")
     for name, value in expected.items():
         assert float((actual[name] - value).norm()) <= 1e-6 * float(value.norm()), name
@@ -95,8 +95,8 @@ def test_other_ranks_end_with_the_same_weights(
 def test_batchnorm_and_other_optimizers_continue(digits: TrainedCandidates, tmp_path: Path) -> None:
     """The state includes the momentum of SGD and the statistics of BatchNorm. The first run ended early."""
     changes = {"optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9}, "recalibrate_batches": 3, "batch_size": 24}
-    run_here(life(digits, tmp_path / "whole", **changes))
-    run_here(life(digits, tmp_path / "parts", **changes))
+    run_here(run_settings(digits, tmp_path / "whole", **changes))
+    run_here(run_settings(digits, tmp_path / "parts", **changes))
     state = state_of(tmp_path / "parts")
     for name in ("average", "summary.json"):
         assert (tmp_path / "parts" / name).exists()
@@ -105,7 +105,7 @@ def test_batchnorm_and_other_optimizers_continue(digits: TrainedCandidates, tmp_
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def everything(output: Path) -> dict[Path, tuple[int, bytes]]:
+def directory_content(output: Path) -> dict[Path, tuple[int, bytes]]:
     """Return the times and the content of all files of a directory, and of the directory itself."""
     return {
         path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
@@ -114,23 +114,27 @@ def everything(output: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_finished_run_does_not_change(ranks: Pool, mine: TrainedCandidates, tmp_path: Path, size: int) -> None:
+def test_finished_run_does_not_change(
+    ranks: Pool, copied_candidates: TrainedCandidates, tmp_path: Path, size: int
+) -> None:
     output = tmp_path / "out"
-    summary = ranks(run_here, size, data=life(mine, output))[0]
-    before = everything(output)
-    repeated = ranks(run_here, size, data=life(dying(mine), output))  # the loss is not called
-    assert everything(output) == before
+    summary = ranks(run_here, size, data=run_settings(copied_candidates, output))[0]
+    before = directory_content(output)
+    repeated = ranks(
+        run_here, size, data=run_settings(interrupted_settings(copied_candidates), output)
+    )  # the loss is not called
+    assert directory_content(output) == before
     assert repeated == [json.loads(json.dumps(summary))] * size
-    for path in Path(mine.candidates).parent.glob("step-*"):
+    for path in Path(copied_candidates.candidates).parent.glob("step-*"):
         (path / "model.safetensors").unlink()
         path.rmdir()
-    ranks(run_here, size, data=life(mine, output))  # the candidates are no longer needed
-    assert everything(output) == before
+    ranks(run_here, size, data=run_settings(copied_candidates, output))  # the candidates are no longer needed
+    assert directory_content(output) == before
 
 
 def test_finished_run_is_reported(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out")))
+    config.write_text(yaml.safe_dump(run_settings(scores, tmp_path / "out")))
     assert shell("run", config).code == 0
     result = shell("run", config)
     assert result.code == 0 and f"has finished its {STEPS} steps; nothing was done" in result.err
@@ -138,13 +142,13 @@ def test_finished_run_is_reported(scores: TrainedCandidates, tmp_path: Path, she
 
 
 def test_results_that_are_missing_are_written_again(scores: TrainedCandidates, tmp_path: Path) -> None:
-    run_here(life(scores, tmp_path))
+    run_here(run_settings(scores, tmp_path))
     before, messages = load(tmp_path / "average"), lines(tmp_path)
     (tmp_path / "summary.json").write_text('{"steps": 8')
-    run_here(life(scores, tmp_path))
+    run_here(run_settings(scores, tmp_path))
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS
     shutil.rmtree(tmp_path / "average")
-    run_here(life(scores, tmp_path))
+    run_here(run_settings(scores, tmp_path))
     after = load(tmp_path / "average")
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert lines(tmp_path) == messages
@@ -158,22 +162,22 @@ def test_steps_can_be_increased(
     if unfinished:
         stopped(scores, tmp_path / "out")
     else:
-        run_here(life(scores, tmp_path / "out"))
+        run_here(run_settings(scores, tmp_path / "out"))
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", steps=12)))
+    config.write_text(yaml.safe_dump(run_settings(scores, tmp_path / "out", steps=12)))
     done = 4 if unfinished else STEPS
-    assert run_here(life(scores, tmp_path / "out", steps=12))["steps"] == 12
-    run_here(life(scores, tmp_path / "long", steps=12))
+    assert run_here(run_settings(scores, tmp_path / "out", steps=12))["steps"] == 12
+    run_here(run_settings(scores, tmp_path / "long", steps=12))
     rates = [[line["lr"] for line in lines(tmp_path / name) if "lr" in line] for name in ("out", "long")]
     assert len(rates[0]) == 12 and rates[0][done:] == rates[1][done:] and rates[0][:done] != rates[1][:done]
     assert state_of(tmp_path / "out")["step"] == 12
     with pytest.raises(StateError, match=r"steps was 12 .* and is 8 now.*raised, not lowered"):
-        run_here(life(scores, tmp_path / "out"))
+        run_here(run_settings(scores, tmp_path / "out"))
 
 
 def test_schedule_that_ended_at_zero_continues(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", steps=4)))
+    config.write_text(yaml.safe_dump(run_settings(scores, tmp_path / "out", steps=4)))
     assert shell("run", config).code == 0
     result = shell("run", config, "steps=6")
     assert result.code == 0
@@ -187,7 +191,7 @@ def test_other_files_next_to_the_state_do_not_prevent_a_resume(
 ) -> None:
     stopped(scores, tmp_path)
     (tmp_path / name).write_bytes(content)
-    run_here(life(scores, tmp_path))
+    run_here(run_settings(scores, tmp_path))
     done = [line["step"] for line in lines(tmp_path) if "loss" in line]
     assert done == list(range(5 if name == "metrics.jsonl" else 1, STEPS + 1))
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS
@@ -198,20 +202,20 @@ def test_one_run_at_a_time(scores: TrainedCandidates, tmp_path: Path) -> None:
     stopped(scores, tmp_path)
     with DirectoryLock(tmp_path) as lock:
         lock.take()
-        before = everything(tmp_path)
+        before = directory_content(tmp_path)
         named = rf"another run.*process {os.getpid()} on host .*, started .*choose another"
         with pytest.raises(OutputError, match=named):
-            run_here(life(scores, tmp_path))
+            run_here(run_settings(scores, tmp_path))
         export_run(tmp_path, tmp_path.parent / f"{tmp_path.name}-merged")
-        assert everything(tmp_path) == before
-    run_here(life(scores, tmp_path))
+        assert directory_content(tmp_path) == before
+    run_here(run_settings(scores, tmp_path))
     assert not (tmp_path / ".lock").exists()
 
 
 def test_resume_can_be_refused(scores: TrainedCandidates, tmp_path: Path) -> None:
-    run_here(life(scores, tmp_path, seed=1))
+    run_here(run_settings(scores, tmp_path, seed=1))
     first = state_of(tmp_path)["twa"]["x"]
-    run_here(life(scores, tmp_path, seed=2, resume=False))
+    run_here(run_settings(scores, tmp_path, seed=2, resume=False))
     assert state_of(tmp_path)["step"] == STEPS and not torch.equal(state_of(tmp_path)["twa"]["x"], first)
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
@@ -219,17 +223,17 @@ def test_resume_can_be_refused(scores: TrainedCandidates, tmp_path: Path) -> Non
 def test_crash_before_the_first_save_restarts(scores: TrainedCandidates, tmp_path: Path) -> None:
     dead = TrainedCandidates(scores.task | {"die_at": 2}, scores.candidates)
     with pytest.raises(RuntimeError, match="gone"):
-        run_here(life(dead, tmp_path))
-    run_here(life(scores, tmp_path))
+        run_here(run_settings(dead, tmp_path))
+    run_here(run_settings(scores, tmp_path))
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
 
 def test_incomplete_line_is_dropped(scores: TrainedCandidates, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="gone"):
-        run_here(life(dying(scores), tmp_path))
+        run_here(run_settings(interrupted_settings(scores), tmp_path))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    run_here(life(scores, tmp_path))
+    run_here(run_settings(scores, tmp_path))
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
 
 
@@ -238,7 +242,7 @@ def test_incomplete_line_is_dropped(scores: TrainedCandidates, tmp_path: Path) -
 
 def stopped(trained_candidates: TrainedCandidates, output: Path) -> None:
     with pytest.raises(RuntimeError, match="gone"):
-        run_here(life(dying(trained_candidates), output))
+        run_here(run_settings(interrupted_settings(trained_candidates), output))
 
 
 @pytest.mark.parametrize(
@@ -260,13 +264,13 @@ def test_changed_settings_of_the_coefficients_raise(
     stopped(scores, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(StateError) as caught:
-        run_here(life(scores, tmp_path, **changes))
+        run_here(run_settings(scores, tmp_path, **changes))
     assert all(word in str(caught.value) for word in message), str(caught.value)
     assert {path: path.read_bytes() for path in before} == before  # config.json still describes state.pt
 
 
 @pytest.fixture
-def mine(scores: TrainedCandidates, tmp_path: Path) -> TrainedCandidates:
+def copied_candidates(scores: TrainedCandidates, tmp_path: Path) -> TrainedCandidates:
     (tmp_path / "mine").mkdir()
     for path in Path(scores.candidates).parent.glob("step-*"):
         (tmp_path / "mine" / path.name).mkdir()
@@ -283,26 +287,30 @@ def change(trained_candidates: TrainedCandidates) -> Path:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_changed_candidate_is_named(ranks: Pool, mine: TrainedCandidates, tmp_path: Path, size: int) -> None:
+def test_a_changed_candidate_is_named(
+    ranks: Pool, copied_candidates: TrainedCandidates, tmp_path: Path, size: int
+) -> None:
     output = tmp_path / "out"
-    run_and_die(ranks, size, life(dying(mine), output))
-    changed = change(mine)
-    error = ranks.error(run_here, size, data=life(mine, output))
+    run_and_die(ranks, size, run_settings(interrupted_settings(copied_candidates), output))
+    changed = change(copied_candidates)
+    error = ranks.error(run_here, size, data=run_settings(copied_candidates, output))
     assert isinstance(error, StateError) and changed.parent.name in str(error) and "'3.weight'" in str(error)
 
 
-def test_removed_or_reordered_candidates(mine: TrainedCandidates, tmp_path: Path) -> None:
-    stopped(mine, tmp_path / "out")
-    paths = [str(path) for path in sorted(Path(mine.candidates).parent.glob("step-*"))]
+def test_removed_or_reordered_candidates(copied_candidates: TrainedCandidates, tmp_path: Path) -> None:
+    stopped(copied_candidates, tmp_path / "out")
+    paths = [str(path) for path in sorted(Path(copied_candidates.candidates).parent.glob("step-*"))]
     for other in (paths[:2], paths[::-1]):
         with pytest.raises(StateError):
-            run_here(life(TrainedCandidates(mine.task, other), tmp_path / "out"))  # type: ignore[arg-type]
-    run_here(life(TrainedCandidates(mine.task, paths), tmp_path / "out"))  # type: ignore[arg-type]
+            run_here(run_settings(TrainedCandidates(copied_candidates.task, other), tmp_path / "out"))  # type: ignore[arg-type]
+    run_here(run_settings(TrainedCandidates(copied_candidates.task, paths), tmp_path / "out"))  # type: ignore[arg-type]
 
 
-def test_export_of_changed_or_missing_candidates(mine: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
-    run_here(life(mine, tmp_path / "out"))
-    changed = change(mine)
+def test_export_of_changed_or_missing_candidates(
+    copied_candidates: TrainedCandidates, tmp_path: Path, shell: Any
+) -> None:
+    run_here(run_settings(copied_candidates, tmp_path / "out"))
+    changed = change(copied_candidates)
     result = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
     assert result.code == 2 and changed.parent.name in result.err and "'3.weight'" in result.err
     changed.unlink()
@@ -315,14 +323,14 @@ def test_export_of_changed_or_missing_candidates(mine: TrainedCandidates, tmp_pa
 def test_none_is_not_a_state(scores: TrainedCandidates, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(StateError, match=r"state\.pt"):
-        run_here(life(scores, tmp_path))
+        run_here(run_settings(scores, tmp_path))
 
 
 def test_a_state_of_the_library_alone_is_none_of_a_run(scores: TrainedCandidates, tmp_path: Path) -> None:
-    run_here(life(scores, tmp_path))
+    run_here(run_settings(scores, tmp_path))
     twa = state_of(tmp_path)["twa"]
     (tmp_path / "state.previous.pt").unlink()
     for state in (twa, {"twa": twa}, {"twa": 3}, [twa]):
         torch.save(state, tmp_path / "state.pt")
         with pytest.raises(TwaError, match=r"state\.pt"):
-            run_here(life(scores, tmp_path))
+            run_here(run_settings(scores, tmp_path))

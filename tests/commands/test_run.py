@@ -32,7 +32,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ended(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the output of a completed run, which tests must not change."""
     output = tmp_path_factory.mktemp("run") / "out"
     (output / ".average.tmp-0a1b2c3d").mkdir(parents=True)  # from a killed run
@@ -42,33 +42,33 @@ def ended(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> 
     return output
 
 
-def test_all_outputs_exist(ended: Path) -> None:
-    assert sorted(path.name for path in ended.iterdir()) == FILES
-    assert sorted(path.name for path in (ended / "average").iterdir()) == [
+def test_all_outputs_exist(finished_run: Path) -> None:
+    assert sorted(path.name for path in finished_run.iterdir()) == FILES
+    assert sorted(path.name for path in (finished_run / "average").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "tokenizer.json", "twa_scale.json",
     ]  # fmt: skip
-    assert (ended / "coefficients.png").read_bytes().startswith(b"\x89PNG")
-    assert any(path.name.startswith("events") for path in (ended / "tensorboard").iterdir())
-    assert (ended / "state.pt").stat().st_size < 100_000  # kilobytes
+    assert (finished_run / "coefficients.png").read_bytes().startswith(b"\x89PNG")
+    assert any(path.name.startswith("events") for path in (finished_run / "tensorboard").iterdir())
+    assert (finished_run / "state.pt").stat().st_size < 100_000  # kilobytes
 
 
-def test_metrics_have_every_step_once(ended: Path) -> None:
-    steps = [line["step"] for line in lines(ended) if "loss" in line]
-    evaluations = [line["step"] for line in lines(ended) if "validation/loss" in line]
+def test_metrics_have_every_step_once(finished_run: Path) -> None:
+    steps = [line["step"] for line in lines(finished_run) if "loss" in line]
+    evaluations = [line["step"] for line in lines(finished_run) if "validation/loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6] and evaluations == [0, 2, 4, 6]
-    rates = [line["lr"] for line in lines(ended) if "lr" in line]
+    rates = [line["lr"] for line in lines(finished_run) if "lr" in line]
     assert rates[0] == max(rates) and 0 < rates[-1] == min(rates)
-    bits = [line["validation/bits_per_byte"] for line in lines(ended) if "validation/loss" in line]
-    assert bits[-1] == pytest.approx(lines(ended)[-1]["validation/loss"] / 0.6931471805599453)
+    bits = [line["validation/bits_per_byte"] for line in lines(finished_run) if "validation/loss" in line]
+    assert bits[-1] == pytest.approx(lines(finished_run)[-1]["validation/loss"] / 0.6931471805599453)
 
 
-def test_the_configuration_is_written_with_its_defaults(ended: Path) -> None:
-    config = RunConfig.model_validate_json((ended / "config.json").read_text())
+def test_the_configuration_is_written_with_its_defaults(finished_run: Path) -> None:
+    config = RunConfig.model_validate_json((finished_run / "config.json").read_text())
     assert config.steps == 6 and config.basis == "normalized" and config.optimizer.lr == 0.1
 
 
-def test_the_summary_counts_what_was_read(ended: Path, text: TrainedCandidates) -> None:
-    summary = json.loads((ended / "summary.json").read_text())
+def test_the_summary_counts_what_was_read(finished_run: Path, text: TrainedCandidates) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
     candidates = [load(path) for path in Path(text.candidates).parent.glob("step-*")]
     assert summary["bytes_read_per_rank"] == [sum(value.nbytes for state in candidates for value in state.values())]
     elements = sum(value.numel() for value in candidates[0].values())
@@ -77,51 +77,53 @@ def test_the_summary_counts_what_was_read(ended: Path, text: TrainedCandidates) 
     assert summary["forward_backward_seconds"] > 0 and summary["cost"]["project"]["seconds"] > 0
 
 
-def test_export_equals_the_weighted_sum(ended: Path, text: TrainedCandidates) -> None:
-    exported, expected = load(ended / "average"), by_hand(text.candidates, ended)
+def test_export_equals_the_weighted_sum(finished_run: Path, text: TrainedCandidates) -> None:
+    exported, expected = load(finished_run / "average"), by_hand(text.candidates, finished_run)
     assert exported.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(exported[name].double(), value, rtol=1e-6, atol=1e-7)
-    assert (state_of(ended)["twa"]["coefficients"] - 1 / material.N).abs().max() > 0.02  # the directory has moved
+    assert (
+        state_of(finished_run)["twa"]["coefficients"] - 1 / material.N
+    ).abs().max() > 0.02  # the directory has moved
 
 
-def test_export_has_the_metrics_of_the_run(ended: Path, text: TrainedCandidates) -> None:
+def test_export_has_the_metrics_of_the_run(finished_run: Path, text: TrainedCandidates) -> None:
     task = build_task(validated(TaskConfig, text.task))
     model, data = task.model(), task.dataset("validation")
-    model.load_state_dict(load(ended / "average"))
+    model.load_state_dict(load(finished_run / "average"))
     total, count = task.metrics(model.eval(), stack([data[i] for i in range(24)]))["loss"]
-    summary = json.loads((ended / "summary.json").read_text())
+    summary = json.loads((finished_run / "summary.json").read_text())
     assert total.item() / count == pytest.approx(summary["evaluation"]["validation/loss"], rel=1e-5)
 
 
-def test_the_report_has_the_numbers_of_the_run(ended: Path, tmp_path: Path, shell: Any) -> None:
-    result = shell("report", ended, "-o", tmp_path / "page.html")
+def test_the_report_has_the_numbers_of_the_run(finished_run: Path, tmp_path: Path, shell: Any) -> None:
+    result = shell("report", finished_run, "-o", tmp_path / "page.html")
     assert result.code == 0, result.err
-    page, summary = (tmp_path / "page.html").read_text(), json.loads((ended / "summary.json").read_text())
+    page, summary = (tmp_path / "page.html").read_text(), json.loads((finished_run / "summary.json").read_text())
     for metrics in summary["comparison"].values():
         assert all(f">{value:.6g}<" in page for value in metrics.values())
     assert "finished" in page and "Mean coefficient by step" in page and "by kind and depth" in page
-    assert load_config(ended / "config.json", ["output=again"]).steps == 6  # the command in the message
+    assert load_config(finished_run / "config.json", ["output=again"]).steps == 6  # the command in the message
 
 
-def test_the_coefficients_are_recorded(ended: Path) -> None:
-    last = state_of(ended)["twa"]["coefficients"]
-    actual = [line for line in lines(ended) if "coefficients/0" in line]
+def test_the_coefficients_are_recorded(finished_run: Path) -> None:
+    last = state_of(finished_run)["twa"]["coefficients"]
+    actual = [line for line in lines(finished_run) if "coefficients/0" in line]
     assert [line["step"] for line in actual if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in actual if "distance" in line] == [0, 2, 4, 6]
     assert actual[0]["distance"] == 0 and actual[0]["effective_candidates"] == pytest.approx(material.N)
     for i in range(material.N):
         assert float(last[i].min()) <= actual[-1][f"coefficients/{i}"] <= float(last[i].max())
-    summary = json.loads((ended / "summary.json").read_text())
+    summary = json.loads((finished_run / "summary.json").read_text())
     step = summary["exported_step"]
     assert summary["distance"] == pytest.approx(next(x["distance"] for x in actual[::-1] if x["step"] == step))
 
 
 @pytest.mark.parametrize("shards", ["5GB", "40kB"])
-def test_the_command_export_writes_the_same(ended: Path, tmp_path: Path, shell: Any, shards: str) -> None:
-    result = shell("export", ended, "--out", tmp_path / "merged", "--max-shard-size", shards)
+def test_the_command_export_writes_the_same(finished_run: Path, tmp_path: Path, shell: Any, shards: str) -> None:
+    result = shell("export", finished_run, "--out", tmp_path / "merged", "--max-shard-size", shards)
     assert result.code == 0 and "exact merge of 3 candidates" in result.out and "step 6" in result.out
-    live, merged = load(ended / "average"), load(tmp_path / "merged")
+    live, merged = load(finished_run / "average"), load(tmp_path / "merged")
     assert live.keys() == merged.keys()
     for name, value in live.items():
         assert float((merged[name] - value).norm()) <= 1e-6 * float(value.norm())
@@ -202,7 +204,7 @@ def test_candidates_without_a_count_of_batches(digits: TrainedCandidates, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def alone(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def single_rank(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     output = tmp_path_factory.mktemp("alone")
     run_here(settings(text.candidates, text.task, output))
     return load(output / "average")
@@ -223,7 +225,7 @@ def alone(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> 
 )
 def test_engines_ranks_and_micro_batches_make_no_difference(
     ranks: Pool,
-    alone: dict[str, torch.Tensor],
+    single_rank: dict[str, torch.Tensor],
     text: TrainedCandidates,
     tmp_path: Path,
     engine: str,
@@ -234,21 +236,21 @@ def test_engines_ranks_and_micro_batches_make_no_difference(
     summaries = ranks(run_here, size, data=data)
     assert len({json.dumps(summary["evaluation"]) for summary in summaries}) == 1
     if engine != "plain":
-        total = sum(value.nbytes for value in alone.values())
+        total = sum(value.nbytes for value in single_rank.values())
         assert sum(summaries[0]["bytes_read_per_rank"]) == material.N * total
     exported = load(tmp_path / "average")
-    for name, value in alone.items():
+    for name, value in single_rank.items():
         assert float((exported[name] - value).norm()) <= 2e-6 * float(value.norm()), name
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2"])
 def test_bfloat16_computation_stays_near(
-    ranks: Pool, alone: dict[str, torch.Tensor], text: TrainedCandidates, tmp_path: Path, engine: str
+    ranks: Pool, single_rank: dict[str, torch.Tensor], text: TrainedCandidates, tmp_path: Path, engine: str
 ) -> None:
     data = settings(text.candidates, text.task, tmp_path, engine=engine, precision="bfloat16")
     ranks(run_here, 1 if engine == "plain" else 2, data=data)
     exported = load(tmp_path / "average")
-    for name, value in alone.items():
+    for name, value in single_rank.items():
         assert exported[name].dtype == torch.float32
         assert float((exported[name] - value).norm()) <= 2e-2 * float(value.norm()), name
 

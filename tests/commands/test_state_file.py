@@ -18,7 +18,7 @@ from twa_scale.errors import OutputError, StateError
 
 
 @pytest.fixture(scope="module")
-def ended(scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of four steps, which tests must not change."""
     output = tmp_path_factory.mktemp("state") / "out"
     run_here(settings(scores.candidates, scores.task, output, checkpoint_every=1))
@@ -26,9 +26,9 @@ def ended(scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def output(ended: Path, tmp_path: Path) -> Path:
+def output(finished_run: Path, tmp_path: Path) -> Path:
     """Return a copy of the newest state that a test may damage."""
-    shutil.copy(ended / STATE, tmp_path / STATE)
+    shutil.copy(finished_run / STATE, tmp_path / STATE)
     return tmp_path
 
 
@@ -109,9 +109,9 @@ def test_missing_files_raise(output: Path) -> None:
 
 
 def test_commands_name_the_file(
-    ended: Path, scores: TrainedCandidates, output: Path, tmp_path: Path, shell: Any
+    finished_run: Path, scores: TrainedCandidates, output: Path, tmp_path: Path, shell: Any
 ) -> None:
-    (output / STATE).write_bytes((ended / STATE).read_bytes()[:-1])
+    (output / STATE).write_bytes((finished_run / STATE).read_bytes()[:-1])
     result = shell("export", output, "--out", tmp_path / "merged")
     assert result.code == 2 and STATE in result.err and "damaged" in result.err
     with pytest.raises(StateError, match=r"state\.pt: is damaged"):
@@ -121,14 +121,14 @@ def test_commands_name_the_file(
 # Fields
 
 
-def remade(output: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def modified_state(output: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Return the state with a change, as another program could have written it."""
     state = load_state(output).model_dump()
     change(state)
     return state
 
 
-def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def replace_state(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(state: dict[str, Any]) -> None:
         for key in path[:-1]:
             state = state[key]
@@ -160,7 +160,7 @@ def test_wrong_types_and_missing_fields_are_named(output: Path, path: tuple[str,
         if (path[-1], str(value)) in ALLOWED:
             continue
         with pytest.raises(StateError, match=path[-1]):
-            save_state(output, remade(output, put(*path, value=value)))
+            save_state(output, modified_state(output, replace_state(*path, value=value)))
 
     def drop(state: dict[str, Any]) -> None:
         for key in path[:-1]:
@@ -168,9 +168,9 @@ def test_wrong_types_and_missing_fields_are_named(output: Path, path: tuple[str,
         del state[path[-1]]
 
     with pytest.raises(StateError, match=path[-1]):
-        save_state(output, remade(output, drop))
+        save_state(output, modified_state(output, drop))
     with pytest.raises(StateError, match="unknown"):
-        save_state(output, remade(output, put(*path[:-1], "unknown", value=1)))
+        save_state(output, modified_state(output, replace_state(*path[:-1], "unknown", value=1)))
 
 
 @pytest.mark.parametrize("field", ["x", "coefficients", "center_weights"])
@@ -189,19 +189,19 @@ def test_a_state_that_is_not_finite_is_not_saved(output: Path, field: str) -> No
 
 
 def test_previous_state_replaces_a_damaged_one(
-    ended: Path, scores: TrainedCandidates, tmp_path: Path, shell: Any, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, scores: TrainedCandidates, tmp_path: Path, shell: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    newest, before = load_state(ended), _only(ended / PREVIOUS, tmp_path / "one")
+    newest, before = load_state(finished_run), _only(finished_run / PREVIOUS, tmp_path / "one")
     assert newest.step >= before.step > 0
     output = tmp_path / "out"
-    shutil.copytree(ended, output)
-    (output / STATE).write_bytes((ended / STATE).read_bytes()[:-1])
+    shutil.copytree(finished_run, output)
+    (output / STATE).write_bytes((finished_run / STATE).read_bytes()[:-1])
     result = shell("export", output, "--out", tmp_path / "merged")
     assert result.code == 0 and "state.pt: is damaged" in result.err and f"{PREVIOUS} is used" in result.err
     assert f"step {before.step}" in result.out
     (output / STATE).unlink()  # as after a kill between two renames
     run_here(settings(scores.candidates, scores.task, output))
-    expected, actual = load(ended / "average"), load(output / "average")
+    expected, actual = load(finished_run / "average"), load(output / "average")
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
     assert plain(load_state(output).model_dump()) == plain(newest.model_dump())
 

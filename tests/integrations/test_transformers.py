@@ -245,7 +245,7 @@ def test_evaluations_wait_for_as_many_snapshots_as_coefficients(tmp_path: Path) 
         trainer_with(tmp_path, TwaCallback(window={"every": 2, "keep": 2}, evaluate_with=[0.3, 0.3, 0.4])).train()
 
 
-class Once(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+class OneShotTexts(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
     """Texts that can be read only once."""
 
     def __init__(self) -> None:
@@ -260,7 +260,7 @@ def test_learning_from_data_that_is_read_only_once_is_refused(tmp_path: Path) ->
     callback = TwaCallback(window={"every": 1, "keep": 2}, learn=LEARN, learn_steps=2, save=False)
     own = {"dispatch_batches": False}  # otherwise Accelerate refuses an epoch without batches
     trainer = trainer_with(tmp_path, callback, save_strategy="no", accelerator_config=own)
-    trainer.train_dataset = Once()
+    trainer.train_dataset = OneShotTexts()
     with pytest.raises(TwaError, match="yields no more batches"):
         trainer.train()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.victims import Victim
+from tests.chaos.victims import TargetProcess
 from tests.launch.missing import run
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "OMP_NUM_THREADS": "1"}
@@ -22,7 +22,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3",
 )
 def test_other_ranks_name_the_missing_rank(tmp_path: Path, mode: str, failed_rank: int, words: list[str]) -> None:
     ranks = {
-        rank: Victim(
+        rank: TargetProcess(
             run,
             mode,
             failed_rank,
@@ -35,10 +35,10 @@ def test_other_ranks_name_the_missing_rank(tmp_path: Path, mode: str, failed_ran
     missing = ranks.pop(failed_rank)
     try:
         for rank, process in ranks.items():
-            assert process.ended() == 2, process.said
+            assert process.ended() == 2, process.output
             assert "Exception in thread" not in (tmp_path / f"stderr-{rank}").read_text()
-            assert process.said.startswith(f"RankError: rank {rank} could not complete a collective"), process.said
-            assert all(word in process.said for word in words), process.said
+            assert process.output.startswith(f"RankError: rank {rank} could not complete a collective"), process.output
+            assert all(word in process.output for word in words), process.output
     finally:
         for process in (missing, *ranks.values()):
             process.kill()

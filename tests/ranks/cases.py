@@ -32,7 +32,7 @@ class Run:
 
 
 @dataclass
-class Ended:
+class RunResult:
     """The result of a run on one rank: its weights, gathered, and its coefficients; or the error as text."""
 
     weights: dict[str, Tensor]
@@ -44,24 +44,24 @@ class Ended:
     """That of the weights from the center."""
 
 
-def train_all(engine: str, runs: Mapping[str, Run]) -> dict[str, Ended]:
+def train_all(engine: str, runs: Mapping[str, Run]) -> dict[str, RunResult]:
     """Do all runs, one after another, in this process group."""
     return {name: _try(engine, run) for name, run in runs.items()}
 
 
-def _try(engine: str, run: Run) -> Ended:
+def _try(engine: str, run: Run) -> RunResult:
     try:
         return train(engine, run)
     except Exception:
-        return Ended({}, torch.empty(0), traceback.format_exc())
+        return RunResult({}, torch.empty(0), traceback.format_exc())
 
 
-def train(engine: str, run: Run) -> Ended:
+def train(engine: str, run: Run) -> RunResult:
     """Attach, train `run.steps` steps on this rank's part of each batch, and gather."""
     model, twa = attach(engine, run)
     for step in range(run.steps):
         one_step(model, twa, step, run.accumulate)
-    result = Ended(gathered(model), twa.coefficients.clone(), "", twa.row_corrections(), twa.distance())
+    result = RunResult(gathered(model), twa.coefficients.clone(), "", twa.row_corrections(), twa.distance())
     twa.close()
     return result
 
@@ -106,7 +106,7 @@ def where() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def complaint(call: Callable[[], object]) -> str:
+def error_text(call: Callable[[], object]) -> str:
     """Return the error message of a call, or an empty text. pytest.raises would end a rank."""
     try:
         call()

@@ -218,7 +218,7 @@ def close() -> tuple[list[str], str, list[str], bool]:
     before = marks(model)
     twa = attach(model, "forward")
     put = marks(model) - before
-    second = cases.complaint(lambda: attach(model, "forward"))
+    second = cases.error_text(lambda: attach(model, "forward"))
     twa.close()
     left = marks(model) - before
     repeated = attach(model, "forward")

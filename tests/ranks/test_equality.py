@@ -14,7 +14,7 @@ from tests import flattened, meshes, models, reference, zero
 from tests.grid import grid
 from tests.pool import Pool
 from tests.ranks import cases
-from tests.ranks.cases import Ended, Run
+from tests.ranks.cases import Run, RunResult
 
 ENGINES = ["plain", "ddp", "fsdp2"]
 SIZES = [1, 2, 3]
@@ -151,29 +151,29 @@ CASES = grid(
 CASES_OF_INCREMENTS = grid(
     [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name in INCREMENTS], options_of, group_of
 )
-Ends = Callable[[str, int], list[dict[str, Ended]]]
+Ends = Callable[[str, int], list[dict[str, RunResult]]]
 
 
-def together(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+def grouped(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Return cases that begin with engine and size, with the mark of the process that makes their runs."""
     return [pytest.param(*case, marks=pytest.mark.xdist_group(group_of(*case))) for case in cases]
 
 
 @pytest.fixture(scope="session")
-def ends(ranks: Pool, request: pytest.FixtureRequest) -> Ends:
+def run_results(ranks: Pool, request: pytest.FixtureRequest) -> Ends:
     """Return the runs of one engine and number of ranks, made once: a list by rank of results by name."""
     positions = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     asked = {(p["engine"], p["size"], p["name"]) for p in positions if p.keys() >= {"engine", "size", "name"}}
 
     @cache
-    def run_all(engine: str, size: int) -> list[dict[str, Ended]] | AssertionError:
+    def run_all(engine: str, size: int) -> list[dict[str, RunResult]] | AssertionError:
         runs = {name: ALL[name] for name in runs_of(engine, size) if (engine, size, name) in asked}
         try:
             return ranks(cases.train_all, size, timeout=60 + 15 * len(runs), engine=engine, runs=runs)
         except AssertionError as failure:  # the time limit of a hang applies once
             return failure
 
-    def checked(engine: str, size: int) -> list[dict[str, Ended]]:
+    def checked(engine: str, size: int) -> list[dict[str, RunResult]]:
         result = run_all(engine, size)
         if isinstance(result, AssertionError):
             raise result
@@ -196,7 +196,7 @@ def errors(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
     return {name: float((weights[name].double() - w).norm() / w.norm()) for name, w in expected.items()}
 
 
-def require_close(ended: Ended, weights: dict[str, Tensor], tolerance: float) -> None:
+def require_close(ended: RunResult, weights: dict[str, Tensor], tolerance: float) -> None:
     assert not ended.error, ended.error
     wrong = {name: f"{e:.1e}" for name, e in errors(ended.weights, weights).items() if not e <= tolerance}
     assert not wrong, f"relative errors above {tolerance}: {wrong}"
@@ -211,17 +211,19 @@ def distance_from_center(name: str, weights: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(("engine", "size", "name"), CASES)
 class TestEquality:
-    def test_weights_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
+    def test_weights_are_those_of_the_reference(self, run_results: Ends, engine: str, size: int, name: str) -> None:
         target = expected(name, meshes.data_ranks(engine, size)).weights[-1]
         distance = distance_from_center(name, target)
-        for by_name in ends(engine, size):
+        for by_name in run_results(engine, size):
             require_close(by_name[name], target, 1e-5)
             assert by_name[name].distance == pytest.approx(distance, rel=1e-4)
 
-    def test_coefficients_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
+    def test_coefficients_are_those_of_the_reference(
+        self, run_results: Ends, engine: str, size: int, name: str
+    ) -> None:
         """If dependent candidates allow several coefficients, they must give the right weights."""
         target = expected(name, meshes.data_ranks(engine, size))
-        ended = ends(engine, size)[0][name]
+        ended = run_results(engine, size)[0][name]
         assert not ended.error, ended.error
         a = ended.coefficients.double()
         assert a.shape == target.coefficients[-1].shape
@@ -238,8 +240,10 @@ class TestEquality:
                 inputs = (of_rows * values).sum(0)
                 assert (inputs - target.weights[-1][member]).norm() <= 1e-4 * target.weights[-1][member].norm(), member
 
-    def test_coefficients_are_the_same_bits_on_every_rank(self, ends: Ends, engine: str, size: int, name: str) -> None:
-        first, *others = [by_name[name] for by_name in ends(engine, size)]
+    def test_coefficients_are_the_same_bits_on_every_rank(
+        self, run_results: Ends, engine: str, size: int, name: str
+    ) -> None:
+        first, *others = [by_name[name] for by_name in run_results(engine, size)]
         for other in others:
             assert torch.equal(first.coefficients, other.coefficients)
             assert all(torch.equal(value, other.corrections[key]) for key, value in first.corrections.items())
@@ -249,23 +253,23 @@ class TestEquality:
 TOLERANCES = {"dense16": 1e-2, "packed8": 1e-2, "packed4": 3e-2, "mapped": 1e-5}
 
 
-@pytest.mark.parametrize(("engine", "size", "name"), together((e, 2, store) for e in ENGINES for store in TOLERANCES))
-def test_stores_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
+@pytest.mark.parametrize(("engine", "size", "name"), grouped((e, 2, store) for e in ENGINES for store in TOLERANCES))
+def test_stores_stay_near(run_results: Ends, engine: str, size: int, name: str) -> None:
     """The store rounds deltas, not gradients and weights. `mapped` rounds nothing."""
-    for by_name in ends(engine, size):
+    for by_name in run_results(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], TOLERANCES[name])
 
 
 @pytest.mark.parametrize(("engine", "size", "name"), CASES_OF_INCREMENTS)
-def test_increments_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
+def test_increments_stay_near(run_results: Ends, engine: str, size: int, name: str) -> None:
     """Rows are increments with rounded codes. Bases, starts, centers and coefficients are not rounded."""
     target = expected(name, meshes.data_ranks(engine, size))
-    for by_name in ends(engine, size):
+    for by_name in run_results(engine, size):
         require_close(by_name[name], target.weights[-1], 1e-2)
         a = by_name[name].coefficients.double()
         known = ~target.coefficients[-1].isnan()
         torch.testing.assert_close(a[known], target.coefficients[-1][known], rtol=0, atol=1e-2)
-        assert torch.equal(a, ends(engine, size)[0][name].coefficients.double())
+        assert torch.equal(a, run_results(engine, size)[0][name].coefficients.double())
 
 
 def test_increments_move_farther_than_their_tolerance() -> None:
@@ -275,18 +279,18 @@ def test_increments_move_farther_than_their_tolerance() -> None:
         assert moved > 2e-2, (name, moved)
 
 
-@pytest.mark.parametrize(("engine", "size", "name"), together([("fsdp2", 2, "bfloat16")]))
-def test_bfloat16_computation_stays_near(ends: Ends, engine: str, size: int, name: str) -> None:
+@pytest.mark.parametrize(("engine", "size", "name"), grouped([("fsdp2", 2, "bfloat16")]))
+def test_bfloat16_computation_stays_near(run_results: Ends, engine: str, size: int, name: str) -> None:
     """Gradients of MixedPrecisionPolicy(param_dtype=bfloat16) are rounded. The weights remain float32."""
-    for by_name in ends(engine, size):
+    for by_name in run_results(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], 3e-2)
         assert all(value.dtype == torch.float32 for value in by_name[name].weights.values())
 
 
-@pytest.mark.parametrize(("engine", "size", "name"), together((e, 2, "bfloat16") for e in zero.ENGINES))
-def test_bfloat16_copies_of_the_weights_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
+@pytest.mark.parametrize(("engine", "size", "name"), grouped((e, 2, "bfloat16") for e in zero.ENGINES))
+def test_bfloat16_copies_of_the_weights_stay_near(run_results: Ends, engine: str, size: int, name: str) -> None:
     """DeepSpeed returns its bfloat16 copies. Its gradients are rounded, too."""
-    for by_name in ends(engine, size):
+    for by_name in run_results(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], 1e-2)
         assert all(value.dtype == torch.bfloat16 for value in by_name[name].weights.values())
 

@@ -48,7 +48,7 @@ class Expert(nn.Module):
         return torch.tanh(x @ self.up.T + self.bias) @ self.down.T
 
 
-class Apart(nn.ModuleList):
+class SeparateExperts(nn.ModuleList):
     """One module for each expert."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Layer(nn.Module):
     def __init__(self, stacked: bool) -> None:
         super().__init__()
         self.router = nn.Linear(WIDTH, EXPERTS)
-        self.experts = Stacked() if stacked else Apart()
+        self.experts = Stacked() if stacked else SeparateExperts()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.experts(x, self.router(x).softmax(-1))
@@ -90,7 +90,7 @@ def states() -> list[dict[str, Tensor]]:
     return [{name: value + 0.1 * torch.randn_like(value) for name, value in base.items()} for _ in range(3)]
 
 
-def apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_separate_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the same values, with the experts of the first layer in separate modules."""
     actual: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -176,7 +176,7 @@ def test_experts_are_trained_as_those_of_the_reference(
     wanted = reference.train(
         Mixture(stacked=False),
         loss,
-        [apart(state) for state in states()],
+        [with_separate_experts(state) for state in states()],
         {**config, "groups": [*experts, "blocks.0", "blocks.1", "head"]},
         [
             [{key: value.tensor_split(size)[rank] for key, value in batch(s).items()} for rank in range(size)]
@@ -186,7 +186,7 @@ def test_experts_are_trained_as_those_of_the_reference(
     ended = ranks(train, size, engine=engine, config={**config, "groups": "expert"}, paths=paths)
     tolerance = 1e-2 if "store" in config else 1e-5
     for weights, a, groups, _ in ended:
-        actual = apart(weights)
+        actual = with_separate_experts(weights)
         for name, value in wanted.weights[-1].items():
             assert (actual[name].double() - value).norm() <= tolerance * value.norm(), name
         assert torch.equal(a, ended[0][1])

@@ -82,7 +82,7 @@ def disturbed(bucket: int) -> tuple[list[str], dict[str, Tensor], dict[str, Tens
             if disturb:
                 with model.no_sync():
                     loss(model, batches(8, size)[rank]).backward()
-                messages.append(cases.complaint(twa.step))
+                messages.append(cases.error_text(twa.step))
                 twa.zero_grad()
             loss(model, batches(step, size)[rank]).backward()
             twa.step()
@@ -129,7 +129,7 @@ def without_forward(flatten: bool, directory: Path) -> tuple[dict[str, tuple[int
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
         p.grad.data = torch.ones(p._orig_size)  # of a backward pass in no_sync()
-    messages = cases.complaint(twa.step)
+    messages = cases.error_text(twa.step)
     with twa.weights(1):
         twa.export(directory / "shown")
     return {name: info.shape for name, info in engine.parameters.items()}, engine.spans(), messages

@@ -235,7 +235,7 @@ def unreduced(kind: str, orig: bool) -> tuple[str, dict[str, Tensor], dict[str, 
                     loss(model, batches(7, size)[rank]).backward()
                 with model.no_sync():
                     loss(model, batches(8, size)[rank]).backward()
-                message = cases.complaint(twa.step)
+                message = cases.error_text(twa.step)
                 twa.zero_grad()
             loss(model, batches(step, size)[rank]).backward()
             twa.step()

@@ -122,9 +122,9 @@ def step_inside_no_sync() -> tuple[str, str, bool]:
     model, twa = cases.attach("ddp", RUN)
     with model.no_sync():  # type: ignore[operator]
         models.loss(model, own_part(0)).backward()
-    refused = cases.complaint(twa.step)
+    refused = cases.error_text(twa.step)
     models.loss(model, own_part(0)).backward()
-    averaged = cases.complaint(twa.step)
+    averaged = cases.error_text(twa.step)
     with model.no_sync():  # type: ignore[operator]
         models.loss(model, own_part(0)).backward()
     twa.zero_grad()
@@ -334,9 +334,9 @@ def train_after_a_refusal(engine: str, refused: bool) -> dict[str, torch.Tensor]
             with twa.weights("last"):
                 backward(model, models.loss(model, own_part(0)))
 
-        assert "backward() inside weights()" in cases.complaint(train)
+        assert "backward() inside weights()" in cases.error_text(train)
         if engine == "plain":  # without zero_grad the next step refuses these gradients
-            assert "backward() inside weights()" in cases.complaint(twa.step)
+            assert "backward() inside weights()" in cases.error_text(twa.step)
         twa.zero_grad()
     cases.one_step(model, twa, 1)
     return cases.gathered(model)

@@ -100,7 +100,7 @@ def test_embedding_with_max_norm_trains() -> None:
     assert [len(reports(step)) for _ in range(3)] == [1, 0, 0]
 
 
-def meddle(engine: str, change: Callable[[Any], None], on: str) -> tuple[str, list[str], Tensor]:
+def change_model(engine: str, change: Callable[[Any], None], on: str) -> tuple[str, list[str], Tensor]:
     """Change the model after a step, on the last rank or on all. Return the error, notices and coefficients."""
     model, twa = cases.attach(engine, RUN)
     cases.one_step(model, twa, 0)
@@ -111,7 +111,7 @@ def meddle(engine: str, change: Callable[[Any], None], on: str) -> tuple[str, li
 
     def step() -> None:
         nonlocal said
-        said = cases.complaint(lambda: cases.one_step(model, twa, 1))
+        said = cases.error_text(lambda: cases.one_step(model, twa, 1))
 
     reported = reports(step)
     return said, reported, twa.coefficients
@@ -124,14 +124,14 @@ def meddle(engine: str, change: Callable[[Any], None], on: str) -> tuple[str, li
 def test_each_rank_reports_what_was_written_there(
     ranks: Pool, engine: str, change: Callable[[Any], None], on: str
 ) -> None:
-    first, last = ranks(meddle, 2, engine=engine, change=change, on=on)
+    first, last = ranks(change_model, 2, engine=engine, change=change, on=on)
     assert not first[0] and not last[0] and torch.equal(first[2], last[2])
     assert len(last[1]) == 1 and len(first[1]) == (on == "all")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "sharded-ddp"])
 def test_replaced_parameter_is_named_on_every_rank(ranks: Pool, engine: str) -> None:
-    (said, *_), (other, *_) = ranks(meddle, 2, engine=engine, change=replace, on="all")
+    (said, *_), (other, *_) = ranks(change_model, 2, engine=engine, change=replace, on="all")
     assert said == other and "parameter '" in said and "attach" in said
 
 

@@ -87,7 +87,7 @@ def step(engine: str) -> tuple[str, bool]:
     before = twa.coefficients
     rank, size = cases.where()
     models.loss(model, models.part(models.batch(0), rank, size)).backward()
-    message = cases.complaint(twa.step)
+    message = cases.error_text(twa.step)
     assert sum(Group.world().gather(1)) == size
     return message, torch.equal(before, twa.coefficients)
 

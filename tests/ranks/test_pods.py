@@ -56,7 +56,7 @@ def runs_of(layout: Layout) -> dict[str, Run]:
 
 
 @dataclass
-class Place:
+class PodPosition:
     """The position of this rank: the number, engine and ranks of its pod, and its replica group."""
 
     number: int
@@ -65,16 +65,16 @@ class Place:
     replica_group: dist.ProcessGroup
 
 
-def join(layout: Layout) -> Place:
+def join(layout: Layout) -> PodPosition:
     """Create the groups as a script would: from a 2-D mesh if pods are equal, otherwise from the first ranks."""
     engines, sizes = zip(*layout, strict=True)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     number = max(i for i, start in enumerate(starts) if start <= dist.get_rank())
     if len(set(sizes)) == 1:
         mesh = init_device_mesh("cpu", (len(sizes), sizes[0]), mesh_dim_names=("pods", "ranks"))
-        return Place(number, engines[number], mesh["ranks"], mesh.get_group("pods"))
+        return PodPosition(number, engines[number], mesh["ranks"], mesh.get_group("pods"))
     pods = [dist.new_group(list(range(start, start + size))) for start, size in zip(starts, sizes, strict=True)]
-    return Place(number, engines[number], mesh_of(pods[number]), dist.new_group(starts))
+    return PodPosition(number, engines[number], mesh_of(pods[number]), dist.new_group(starts))
 
 
 def mesh_of(group: dist.ProcessGroup) -> DeviceMesh:
@@ -82,7 +82,7 @@ def mesh_of(group: dist.ProcessGroup) -> DeviceMesh:
     return DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"group {group.group_name}",))
 
 
-def wrap(model: models.Judged, engine: str, mesh: DeviceMesh) -> nn.Module:
+def wrap(model: models.SmallModel, engine: str, mesh: DeviceMesh) -> nn.Module:
     """Wrap the model for the engine of one pod."""
     if engine == "ddp":
         return DistributedDataParallel(model, process_group=mesh.get_group())
@@ -93,20 +93,22 @@ def wrap(model: models.Judged, engine: str, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def attach(place: Place, run: Run, candidates: Sequence[Any] | None = None) -> tuple[nn.Module, Any]:
+def attach(place: PodPosition, run: Run, candidates: Sequence[Any] | None = None) -> tuple[nn.Module, Any]:
     model = wrap(models.build(seed=99), place.engine, place.mesh)
     states = models.candidates() if candidates is None else candidates
     return model, twa_scale.attach(model, states, dict(run.config), replica_group=place.replica_group)
 
 
-def train_all(layout: Layout) -> dict[str, cases.Ended]:
+def train_all(layout: Layout) -> dict[str, cases.RunResult]:
     place = join(layout)
     results = {}
     for name, run in runs_of(layout).items():
         model, twa = attach(place, run)
         for step in range(run.steps):
             cases.one_step(model, twa, step, run.accumulate)
-        results[name] = cases.Ended(cases.gathered(model), twa.coefficients.clone(), corrections=twa.row_corrections())
+        results[name] = cases.RunResult(
+            cases.gathered(model), twa.coefficients.clone(), corrections=twa.row_corrections()
+        )
     return results
 
 
@@ -226,7 +228,7 @@ def test_rounded_gradients_of_rows_train_nearly_the_same(ranks: Pool) -> None:
             assert 0 < max(actual) < error, dtype
 
 
-def leave(layout: Layout, directory: Path) -> dict[str, Any]:
+def train_and_export(layout: Layout, directory: Path) -> dict[str, Any]:
     """Train, recalibrate BatchNorm statistics, and export. Each pod writes to its own directory."""
     place = join(layout)
     model, twa = attach(place, RUNS["normalized"])
@@ -255,7 +257,7 @@ def leave(layout: Layout, directory: Path) -> dict[str, Any]:
 def test_one_pod_writes_and_all_share_statistics(ranks: Pool, tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
     size = sum(ranks for _, ranks in layout)
-    results = ranks(leave, size, layout=layout, directory=tmp_path)
+    results = ranks(train_and_export, size, layout=layout, directory=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pod-0"]
     written = load_file(tmp_path / "pod-0" / "average" / "model.safetensors")
     snapshot = load_file(tmp_path / "pod-0" / "step-00000001" / "model.safetensors")

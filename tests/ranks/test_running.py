@@ -309,8 +309,8 @@ def load_of_others(engine: str) -> dict[str, str]:
     rank = torch.distributed.get_rank()
     first = twa_scale.ranks.Group.world().broadcast(states[1])
     messages = {
-        "rank": cases.complaint(lambda: averages.load_state_dict(first)),
-        "step": cases.complaint(lambda: averages.load_state_dict(states[rank])),
+        "rank": cases.error_text(lambda: averages.load_state_dict(first)),
+        "step": cases.error_text(lambda: averages.load_state_dict(states[rank])),
     }
     averages.load_state_dict(states[0])
     if rank == 1:
@@ -343,11 +343,11 @@ def refuse_replaced() -> list[str]:
         model(torch.ones(4, 8))  # the root remains gathered
         averages.step()
         change(model)
-        messages.append(cases.complaint(averages.step))
+        messages.append(cases.error_text(averages.step))
     model = nn.Sequential(nn.Linear(8, 16))
     averages = twa_scale.RunningAverages(model, ema=[0.5])
     fully_shard(model)
-    return [*messages, cases.complaint(averages.step)]
+    return [*messages, cases.error_text(averages.step)]
 
 
 def test_parameters_that_are_replaced_in_fsdp2_are_refused(ranks: Pool) -> None:

@@ -51,7 +51,7 @@ def coefficients(which: str) -> Tensor:
     return a if a.ndim == 2 else a[:, None].expand(N, len(GROUPS))
 
 
-class Boom(Exception):
+class BlockError(Exception):
     """Raised inside the context."""
 
 
@@ -70,8 +70,8 @@ def show(engine: str, basis: str) -> dict[str, Any]:
                 models.loss(
                     model, models.part(models.batch(77), rank, size)
                 )  # in training mode, which changes BatchNorm
-                raise Boom
-        except Boom:
+                raise BlockError
+        except BlockError:
             result["after"][name] = everything(model)
     with twa.weights("last"):
         with twa.weights("first"):
@@ -168,7 +168,7 @@ def test_named_weights_are_not_rounded_to_the_default_type(dtype: torch.dtype) -
 # Errors inside the block
 
 
-class Alone(Exception):
+class OneRankError(Exception):
     """Raised on one rank only."""
 
 
@@ -182,8 +182,8 @@ def fail_at_the_end(engine: str) -> tuple[str, dict[str, Tensor], dict[str, Tens
         with twa.weights("last"):
             models.loss(model, models.part(models.batch(77), rank, size))
             if rank == size - 1:
-                raise Alone("no more disk space for predictions")
-    except (Alone, RuntimeError) as error:
+                raise OneRankError("no more disk space for predictions")
+    except (OneRankError, RuntimeError) as error:
         messages = str(error)
     after = everything(model)
     cases.one_step(model, twa, 1)
@@ -214,13 +214,13 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
     try:
         with twa.weights("last"):
             if rank == size - 1:
-                raise Alone("cannot decode picture 17")
+                raise OneRankError("cannot decode picture 17")
             models.loss(model, models.part(models.batch(77), rank, size))
-    except (Alone, RankError) as error:
+    except (OneRankError, RankError) as error:
         messages = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     uses = {"step": twa.step, "export": lambda: twa.export("never-written"), "zero_grad": twa.zero_grad}
-    refused = [cases.complaint(use) for use in uses.values()]
+    refused = [cases.error_text(use) for use in uses.values()]
     twa.close()
     return messages, refused, seconds
 
@@ -245,7 +245,7 @@ def show_different() -> tuple[str, bool]:
         with twa.weights(which):
             raise AssertionError
 
-    messages = cases.complaint(look)
+    messages = cases.error_text(look)
     return messages, all(torch.equal(value, before[name]) for name, value in everything(model).items())
 
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def gate() -> Iterator[threading.Event]:
+def block_writes() -> Iterator[threading.Event]:
     """Block every write of this process until the event is set."""
     event = threading.Event()
     write = Writer.write
@@ -48,7 +48,7 @@ def gate() -> Iterator[threading.Event]:
         event.set()
 
 
-def left(directory: Path) -> list[str]:
+def remaining_files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
@@ -70,7 +70,7 @@ def train_meanwhile(directory: Path, engine: str) -> tuple[Tensors, Tensors]:
     model = models.wrap(models.build(0, (1,)), engine)
     train(model, 1)
     own = gathered(model)
-    with gate() as event, Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
+    with block_writes() as event, Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
         snapshots.step(model, 1)
         train(model, 3)
         assert visible(directory) == []
@@ -89,7 +89,7 @@ def meaning_of_signals(directory: Path) -> list[bool]:
         return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     actual = [default()]
-    with gate() as event, Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
+    with block_writes() as event, Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
         snapshots.step(model, 1)
         actual.append(default())
         event.set()
@@ -112,7 +112,7 @@ def test_snapshot_holds_the_weights_of_its_step(ranks: Pool, tmp_path: Path, eng
     own, later = ranks(train_meanwhile, size, directory=tmp_path, engine=engine)[0]
     (candidate,) = open_candidates(str(tmp_path / "step-*"), minimum=1)
     assert os.listdir(tmp_path) == ["step-00000001"]  # noqa: PTH208
-    assert left(tmp_path / "step-00000001") == ["model.safetensors", "twa_scale.json"]
+    assert remaining_files(tmp_path / "step-00000001") == ["model.safetensors", "twa_scale.json"]
     actual = load_file(tmp_path / "step-00000001/model.safetensors")
     assert {*own} <= {*actual} == {*candidate.names()}
     for name, value in own.items():
@@ -131,7 +131,7 @@ def take_many(directory: Path, dtype: torch.dtype | None) -> list[str]:
     logger = logging.getLogger("twa_scale.output.snapshots")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    with gate() as event:
+    with block_writes() as event:
         for step in range(1, 7):
             if step == 4:  # step 2 is still blocked when the signal arrives
                 threading.Timer(0.3, event.set).start()
@@ -165,7 +165,7 @@ def fail_on_one_rank(directory: Path, failing: int, mode: str) -> None:
     model = models.wrap(models.build(0, (1,)), "fsdp2")
     snapshots = Snapshots(directory, every_n_steps=1, asynchronous=True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with gate() as event:
+    with block_writes() as event:
         snapshots.step(model, 1)
         if dist.get_rank() == failing:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
@@ -195,7 +195,7 @@ def test_error_of_one_rank_is_raised_on_all(ranks: Pool, tmp_path: Path, size: i
 
 def leave_by_an_error(directory: Path) -> list[str]:
     model = models.wrap(models.build(0, (1,)), "fsdp2")
-    with gate() as event:
+    with block_writes() as event:
         with pytest.raises(ZeroDivisionError), Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
             snapshots.step(model, 1)
             raise ZeroDivisionError  # on all ranks in this test, but a rank cannot know that

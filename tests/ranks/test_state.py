@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 NUM_STEPS = 6
 
 
-def go_on(
+def continue_run(
     engine: str,
     config: dict[str, Any],
     first: int,
@@ -79,23 +79,23 @@ def saved(state: Any) -> bytes:
     return file.getvalue()
 
 
-def chain(
+def run_parts(
     ranks: Pool, config: dict[str, Any], parts: list[tuple[str, int, int]], directory: Path | None = None
 ) -> list[Any]:
     """Run parts (engine, number of ranks, steps), each from the state of rank 0 after the previous part."""
     state, in_file, done = None, None, 0
     for engine, size, steps in parts:
         states: dict[str, Any] = {"state": state, "in_file": in_file, "directory": directory}
-        results = ranks(go_on, size, engine=engine, config=config, first=done, last=done + steps, **states)
+        results = ranks(continue_run, size, engine=engine, config=config, first=done, last=done + steps, **states)
         (_, _, state, in_file), done = results[0], done + steps
     assert done == NUM_STEPS
     return results
 
 
 @pytest.fixture(scope="module")
-def straight(ranks: Pool) -> Callable[[str, int, str], list[Any]]:
+def uninterrupted(ranks: Pool) -> Callable[[str, int, str], list[Any]]:
     """Return the results of all steps in one run of an engine, number of ranks and config; run once."""
-    return cache(lambda engine, size, name: chain(ranks, CONFIGS[name], [(engine, size, NUM_STEPS)]))
+    return cache(lambda engine, size, name: run_parts(ranks, CONFIGS[name], [(engine, size, NUM_STEPS)]))
 
 
 SAME = [(engine, size, name) for engine, size in (("plain", 1), ("ddp", 2), ("fsdp2", 2)) for name in CONFIGS]
@@ -105,11 +105,11 @@ SAME = [(engine, size, name) for engine, size in (("plain", 1), ("ddp", 2), ("fs
     ("engine", "size", "name"), rest_slow(SAME, lambda engine, _, name: engine == "plain" or name in ("pca", "rows"))
 )
 def test_the_same_ranks_continue_bit_for_bit(
-    ranks: Pool, straight: Callable[..., Any], tmp_path: Path, engine: str, size: int, name: str
+    ranks: Pool, uninterrupted: Callable[..., Any], tmp_path: Path, engine: str, size: int, name: str
 ) -> None:
     directory = tmp_path if name == "rows" else None
-    resumed = chain(ranks, CONFIGS[name], [(engine, size, 3), (engine, size, NUM_STEPS - 3)], directory)
-    for (weights, a, state, _), (expected, want_a, *_) in zip(resumed, straight(engine, size, name), strict=True):
+    resumed = run_parts(ranks, CONFIGS[name], [(engine, size, 3), (engine, size, NUM_STEPS - 3)], directory)
+    for (weights, a, state, _), (expected, want_a, *_) in zip(resumed, uninterrupted(engine, size, name), strict=True):
         assert torch.equal(a, want_a)
         assert all(torch.equal(weights[tensor], value) for tensor, value in expected.items())
         assert len(state) < 64_000, "the state of a run is kilobytes"
@@ -132,10 +132,10 @@ QUICK = dict(
     ("parts", "name"), rest_slow(product(PARTS, CONFIGS), lambda parts, name: name in QUICK[parts])
 )
 def test_other_ranks_and_engines_continue_the_trajectory(
-    ranks: Pool, straight: Callable[..., Any], tmp_path: Path, parts: str, name: str
+    ranks: Pool, uninterrupted: Callable[..., Any], tmp_path: Path, parts: str, name: str
 ) -> None:
-    expected = straight("plain", 1, name)[0][0]
-    for weights, *_ in chain(ranks, CONFIGS[name], PARTS[parts], tmp_path if name == "rows" else None):
+    expected = uninterrupted("plain", 1, name)[0][0]
+    for weights, *_ in run_parts(ranks, CONFIGS[name], PARTS[parts], tmp_path if name == "rows" else None):
         for tensor, value in expected.items():
             assert (weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
 
@@ -157,11 +157,11 @@ OTHER = {"basis": "pca", "groups": "tensor", "center": "last", "units": "weight"
 
 
 @pytest.fixture(scope="module")
-def begun(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], bytes]:
+def state_after_two_steps(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], bytes]:
     """Return the state after two steps of an engine on a number of ranks, from candidates in files; made once."""
     paths = save(tmp_path_factory.mktemp("begun"), models.candidates())
     options: dict[str, Any] = {"config": CONFIGS["normalized"], "first": 0, "last": 2, "state": None, "paths": paths}
-    return cache(lambda engine, size: ranks(go_on, size, engine=engine, **options)[0][2])
+    return cache(lambda engine, size: ranks(continue_run, size, engine=engine, **options)[0][2])
 
 
 CHANGED = ["one element", "frozen", "swapped", "one less", *OTHER]
@@ -175,7 +175,7 @@ CHANGED = ["one element", "frozen", "swapped", "one less", *OTHER]
     ),
 )
 def test_a_state_of_something_else_is_refused_on_every_rank(
-    ranks: Pool, begun: Callable[[str, int], bytes], tmp_path: Path, engine: str, size: int, change: str
+    ranks: Pool, state_after_two_steps: Callable[[str, int], bytes], tmp_path: Path, engine: str, size: int, change: str
 ) -> None:
     paths = save(tmp_path, models.candidates())
     config = dict(CONFIGS["normalized"])
@@ -194,7 +194,9 @@ def test_a_state_of_something_else_is_refused_on_every_rank(
     else:
         config[change] = OTHER[change]
         named = [change]
-    error = ranks.error(resume_refused, size, engine=engine, config=config, state=begun(engine, size), paths=paths)
+    error = ranks.error(
+        resume_refused, size, engine=engine, config=config, state=state_after_two_steps(engine, size), paths=paths
+    )
     assert isinstance(error, StateError), repr(error)
     for part in named:
         assert part in str(error), str(error)
@@ -206,8 +208,8 @@ def test_the_same_candidates_elsewhere_are_the_same(ranks: Pool, tmp_path: Path)
     (tmp_path / "there").mkdir()
     first_directory, second_directory = (save(tmp_path / name, models.candidates()) for name in ("here", "there"))
     options: dict[str, Any] = {"engine": "fsdp2", "config": {}}
-    state = ranks(go_on, 2, **options, first=0, last=2, state=None, paths=first_directory)[0][2]
-    ranks(go_on, 2, **options, first=2, last=3, state=state, paths=second_directory)
+    state = ranks(continue_run, 2, **options, first=0, last=2, state=None, paths=first_directory)[0][2]
+    ranks(continue_run, 2, **options, first=2, last=3, state=state, paths=second_directory)
 
 
 def load_different_states() -> tuple[str, bool]:
@@ -217,7 +219,7 @@ def load_different_states() -> tuple[str, bool]:
         cases.one_step(model, twa, step)
         states.append(twa.state_dict())
     before = twa.coefficients
-    messages = cases.complaint(lambda: twa.load_state_dict(states[cases.where()[0]]))
+    messages = cases.error_text(lambda: twa.load_state_dict(states[cases.where()[0]]))
     return messages, torch.equal(twa.coefficients, before)
 
 
@@ -321,15 +323,15 @@ def load_where_one_rank_differs(directory: Path) -> list[str]:
         saved = Trainer(twa, SimpleNamespace(saves=twa.optimizer)).train(twa.optimizer.state_dict)
         assert saved.keys() == twa.optimizer.state_dict().keys() - {"twa_scale"}
         of_trainers = [
-            cases.complaint(lambda: Trainer(twa).train(twa.optimizer.state_dict)),
-            cases.complaint(lambda: Trainer(twa).train(twa.optimizer.step)),
-            cases.complaint(lambda: Trainer(twa, SimpleNamespace(saves=None)).train(twa.step)),
+            cases.error_text(lambda: Trainer(twa).train(twa.optimizer.state_dict)),
+            cases.error_text(lambda: Trainer(twa).train(twa.optimizer.step)),
+            cases.error_text(lambda: Trainer(twa, SimpleNamespace(saves=None)).train(twa.step)),
         ]
     return [
-        cases.complaint(lambda: twa.load_state_dict(state, own)),
-        cases.complaint(lambda: twa.load_state_dict(state, only_one)),
-        cases.complaint(lambda: twa.state_dict(only_one)),
-        cases.complaint(lambda: load_coefficients(twa, directory / f"seen-by-{rank}")),
+        cases.error_text(lambda: twa.load_state_dict(state, own)),
+        cases.error_text(lambda: twa.load_state_dict(state, only_one)),
+        cases.error_text(lambda: twa.state_dict(only_one)),
+        cases.error_text(lambda: load_coefficients(twa, directory / f"seen-by-{rank}")),
         *of_trainers,
     ]
 

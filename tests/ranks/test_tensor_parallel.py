@@ -92,7 +92,7 @@ def test_files_are_read_once_and_written_whole(ranks: Pool, tmp_path: Path, engi
     assert not torch.equal(results[0][2]["blocks.1.down.weight"], results[0][3]["blocks.1.down.weight"])
 
 
-def again() -> bool:
+def attach_twice() -> bool:
     """Return whether a second engine of a model uses the same process group."""
     model = models.wrap(models.build(), "fsdp2-tp")
     choose_engine(model)
@@ -102,7 +102,7 @@ def again() -> bool:
 
 
 def test_engines_of_one_model_share_its_group(ranks: Pool) -> None:
-    assert ranks(again, 4) == [True] * 4
+    assert ranks(attach_twice, 4) == [True] * 4
 
 
 def accumulate(engine: str, end: str) -> Any:
@@ -124,12 +124,12 @@ def accumulate(engine: str, end: str) -> Any:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_zero_grad_drops_unreduced_gradients(ranks: Pool, bf16: bool) -> None:
     """With a reduce_dtype, FSDP2 holds unreduced gradients in another attribute."""
-    after_both, after_one = (ranks(forget, 2, bf16=bf16, unreduced=unreduced) for unreduced in (True, False))
+    after_both, after_one = (ranks(drop_gradients, 2, bf16=bf16, unreduced=unreduced) for unreduced in (True, False))
     for after, once in zip(after_both, after_one, strict=True):
         assert all(torch.equal(after[name], value) for name, value in once.items())
 
 
-def forget(bf16: bool, unreduced: bool) -> dict[str, Tensor]:
+def drop_gradients(bf16: bool, unreduced: bool) -> dict[str, Tensor]:
     model, twa = cases.attach("fsdp2", Run({"groups": "block"}, bf16=bf16))
     if unreduced:
         model.set_requires_gradient_sync(False)  # type: ignore[operator]

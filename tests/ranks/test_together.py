@@ -93,7 +93,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {  # before and after the model is w
 ONCE: dict[str, tuple[Change, Change]] = {"autocast": (autocast, same), "inductor": (compile_a_norm, same)}
 
 
-NOT_THERE = {  # not supported by torch or the library itself
+UNSUPPORTED = {  # not supported by torch or the library itself
     # it uses names and recreates frozen parameters, and compiled norms do not accept its DTensors
     "fsdp2-tp": ["checkpoint-wrapper", "frozen", "compiled-before", "compiled-after"],
     "sharded-ddp": ["compiled-after"],
@@ -108,7 +108,7 @@ TRIED = {  # every engine with every option that it supports: once with its pref
     "unused": ["ddp", "fsdp2-tp", "fsdp1", "sharded-ddp", "zero1", "zero2"],
 }
 CASES = rest_slow(
-    ((engine, change) for engine in ENGINES for change in CHANGES if change not in NOT_THERE.get(engine, [])),
+    ((engine, change) for engine in ENGINES for change in CHANGES if change not in UNSUPPORTED.get(engine, [])),
     lambda engine, change: engine in (QUICK_TO_COMPILE | TRIED).get(change, ENGINES),
 )
 

@@ -26,7 +26,7 @@ from twa_scale.engines import choose_engine
 RUN = Run({"groups": "block", "optimizer": {"name": "adamw", "lr": 0.03}}, steps=3)
 
 
-def judged() -> models.Judged:
+def judged() -> models.SmallModel:
     return models.build(seed=99, scalar_shape=(1,))
 
 

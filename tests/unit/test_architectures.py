@@ -124,11 +124,11 @@ def test_a_run_is_exported_in_the_form_of_its_candidates(groups: str, group: str
             assert abs(float(a[0]) - 0.5) > 1e-3
 
 
-class Doubled(transformers.LlamaForCausalLM):
+class HalvedWeight(transformers.LlamaForCausalLM):
     """A model whose files store half of a weight."""
 
 
-class Twice(ConversionOps):
+class ComputingConversion(ConversionOps):
     """A conversion that computes instead of only moving elements."""
 
     def convert(self, input_dict: dict[str, Any], **_: object) -> dict[str, Any]:
@@ -136,10 +136,10 @@ class Twice(ConversionOps):
 
 
 def test_conversion_that_computes_raises_with_a_fix(tmp_path: Path) -> None:
-    rule = WeightConverter("half_norm.weight", "model.norm.weight", [Twice()])
-    register_checkpoint_conversion_mapping("Doubled", [rule], overwrite=True)
+    rule = WeightConverter("half_norm.weight", "model.norm.weight", [ComputingConversion()])
+    register_checkpoint_conversion_mapping("HalvedWeight", [rule], overwrite=True)
     (llama,) = (item for item in ARCHITECTURES if item.model == "LlamaForCausalLM")
-    model = Doubled(transformers.LlamaConfig(**llama.settings))
+    model = HalvedWeight(transformers.LlamaConfig(**llama.settings))
     paths = [tmp_path / f"{i}.pt" for i in range(2)]
     for path in paths:
         state = {name: value + torch.randn_like(value) for name, value in model.state_dict().items()}

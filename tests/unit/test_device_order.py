@@ -33,7 +33,7 @@ def build(device: Simulated) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 3))
     for layer in model:
         for name, parameter in list(layer.named_parameters(recurse=False)):
-            layer._parameters[name] = nn.Parameter(device.far(parameter.detach()))
+            layer._parameters[name] = nn.Parameter(device.on_device(parameter.detach()))
     return model
 
 
@@ -83,7 +83,7 @@ def test_a_step_waits_once(device: Simulated, settings: dict[str, Any]) -> None:
     model = build(device)
     engine = UnitsOnStreams(model, device) if "combine" in settings else model
     twa = twa_scale.attach(engine, candidates(), settings | {"kernels": "torch"})
-    x = device.far(torch.randn(8, 6))
+    x = device.on_device(torch.randn(8, 6))
     for _ in range(3):
         device.waits.clear()
         model(x).square().mean().backward()
@@ -100,7 +100,7 @@ def forward_and_step(device: Simulated) -> None:
     model = build(device)
     settings = {"combine": "forward", "store_device": "cpu", "store": "dense16", "kernels": "torch"}
     twa = twa_scale.attach(UnitsOnStreams(model, device), candidates(), settings)
-    x = device.far(torch.randn(8, 6))
+    x = device.on_device(torch.randn(8, 6))
     for _ in range(3):
         model(x).square().mean().backward()
         twa.step()
@@ -115,7 +115,10 @@ def two_buffers(device: Simulated) -> None:
     span, streams = Span("w", 0, 9000), [device.current, device.stream()]
     target = store.reserve(span)
     store.kernels.make_deltas(torch.randn(2, 9000), [0.5, 0.5], target, 0)
-    inputs = [(device.far(torch.randn(9000)), device.far(torch.randn(2)), device.far(torch.empty(9000))) for _ in "12"]
+    inputs = [
+        (device.on_device(torch.randn(9000)), device.on_device(torch.randn(2)), device.on_device(torch.empty(9000)))
+        for _ in "12"
+    ]
     streams[1].wait_stream(streams[0])
     for stream, (gradient, weights, out) in zip(streams, inputs, strict=True):
         with device.on(stream):

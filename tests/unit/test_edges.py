@@ -63,7 +63,7 @@ def test_a_candidate_that_is_the_average_of_the_others_moves_nothing() -> None:
         torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-class Odd(nn.Module):
+class OddTensors(nn.Module):
     """Tensors that float32 cannot represent: they are frozen, or buffers."""
 
     seventh: Tensor
@@ -79,7 +79,7 @@ class Odd(nn.Module):
 
 
 def test_tensors_that_are_not_trained_keep_their_bits(tmp_path: Path) -> None:
-    source, net = Odd(), Odd()
+    source, net = OddTensors(), OddTensors()
     with torch.no_grad():
         for tensor in (net.third, net.large, net.seventh, net.count):
             tensor.zero_()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import twa_scale
-from tests.ranks.test_experts import EXPERTS, Apart, Mixture, states
+from tests.ranks.test_experts import EXPERTS, Mixture, SeparateExperts, states
 from tests.states import save_run
 from twa_scale import ConfigError, StateError
 from twa_scale.base.names import group_names
@@ -58,7 +58,7 @@ CASES = {
     "router": (inside("mlp", "gate", holder=Holder({"weight": (E, 3)}, num_experts=E)), set()),
     "shared": (inside("mlp", "shared_experts", holder=Holder(DEEP)), set()),
     "convolution": (inside("mlp", "experts", "conv", holder=nn.Conv1d(E, E, 3)), set()),
-    "apart": (inside("mlp", "experts", holder=Apart()), set()),
+    "apart": (inside("mlp", "experts", holder=SeparateExperts()), set()),
     "another number": (inside("mlp", "experts", holder=Holder({"up": (3, 5, 3)}, num_experts=E)), set()),
 }
 

@@ -117,7 +117,7 @@ def test_counted_launches_equal_real_launches(monkeypatch: pytest.MonkeyPatch, s
 
 
 def _vector(device: Simulated, elements: int) -> torch.Tensor:
-    return device.far(torch.ones(elements))
+    return device.on_device(torch.ones(elements))
 
 
 def test_spans_of_all_ranks_tile_the_70b_model() -> None:

@@ -76,7 +76,7 @@ def test_stores_in_host_memory_equal_those_on_the_device(
         store.close()
 
 
-class Held:
+class FakeWindow:
     """The parts of a window that `WindowStore` uses: its store, and the rows of its spans."""
 
     def __init__(self, store: Store, span: Span, values: Tensor) -> None:
@@ -97,7 +97,7 @@ def test_parts_of_a_span_are_read_where_they_are(name: Any, part: int) -> None:
     pieces = [(i * part, Span("w", i * part, (i + 1) * part)) for i in range(count)]
     gradient, values = torch.randn(len(span)), torch.randn(n, len(span))
     for store in (resident(config, n), offloaded(config, n, 4096)):
-        window: Any = Held(store, span, values)
+        window: Any = FakeWindow(store, span, values)
         parts = WindowStore(window, store.coding, {span: pieces})
         products = [parts.project(piece, gradient[start : start + part], True) for start, piece in pieces]
         torch.testing.assert_close(sum(products), store.project(span, gradient, True), rtol=1e-5, atol=1e-3)

@@ -14,10 +14,10 @@ from twa_scale.run import progress as reporting
 from twa_scale.run.progress import Report
 from twa_scale.tools.inspection import inspect
 
-Told = list[tuple[int, int]]
+Progress = list[tuple[int, int]]
 
 
-def told_all(told: Told, nbytes: int) -> bool:
+def progress_of(told: Progress, nbytes: int) -> bool:
     return sum(done for done, _ in told) == nbytes and {total for _, total in told} == {nbytes}
 
 
@@ -27,14 +27,14 @@ def test_totals_hold_for_buffers_and_narrower_files(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 40))
     states = [{name: value + i for name, value in model.state_dict().items()} for i in range(n)]
     floats = sum(value.nbytes for value in states[0].values() if value.is_floating_point())
-    read, actual, written = Told(), Told(), Told()
+    read, actual, written = Progress(), Progress(), Progress()
     twa = twa_scale.attach(model, states, progress=lambda *told: read.append(told))
-    assert told_all(read, n * (floats + 8)) and twa.bytes_read == n * (floats + 8)
+    assert progress_of(read, n * (floats + 8)) and twa.bytes_read == n * (floats + 8)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     twa.export(tmp_path / "out", dtype=torch.bfloat16, progress=lambda *told: written.append(told))
-    assert told_all(written, 2 * parameters)
+    assert progress_of(written, 2 * parameters)
     inspect(str(tmp_path / "out"), progress=lambda *told: actual.append(told))
-    assert told_all(actual, floats // 2)
+    assert progress_of(actual, floats // 2)
 
 
 @pytest.mark.parametrize("active", [True, False])

@@ -33,7 +33,7 @@ def test_a_garment_that_would_hide_more_than_half_of_another_is_left_out() -> No
     assert drawn.objects == [(3, [20, 30, 10, 10]), (6, [40, 40, 10, 10])]
 
 
-class Knowing(nn.Module):
+class PerfectDetector(nn.Module):
     """A detector that knows the answer: it is certain of every object, and less certain in neighboring cells."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ def test_a_detector_that_knows_all_objects_finds_each_once(tmp_path: Path) -> No
     write_split(tmp_path, "test", canvases)
     location = [f"task.{split}.images={tmp_path}/test" for split in ("train", "validation", "test")]
     location += [f"task.{split}.annotations={tmp_path}/test.json" for split in ("train", "validation", "test")]
-    options = ["task.model=tests.unit.test_proof_detection:Knowing", "task.model_options={}"]
+    options = ["task.model=tests.unit.test_proof_detection:PerfectDetector", "task.model_options={}"]
     task: Any = build_task(load_config(CONFIG, [*location, *options]).task)
     examples = task.dataset("test")
     batch = stack([examples[i] for i in range(len(examples))])

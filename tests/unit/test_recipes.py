@@ -173,21 +173,21 @@ def test_evaluated_examples_do_not_depend_on_ranks_and_micro_batches(
         assert sorted(seen) == list(expected), (size, micro)
 
 
-class Counted(list[dict[str, torch.Tensor]]):
+class CountedExamples(list[dict[str, torch.Tensor]]):
     """Examples with given numbers of tokens."""
 
     token_counts = (3, 9, 1, 9, 5, 2, 8, 4)
 
 
 def test_each_example_needs_its_number_of_tokens() -> None:
-    examples = Counted({"i": torch.tensor(count)} for count in (3, 9, 1))
+    examples = CountedExamples({"i": torch.tensor(count)} for count in (3, 9, 1))
     with pytest.raises(ConfigError, match="token_counts: the task has 8 counts for 3 examples"):
         next(Batches(examples, 2, 2, 0, 1, 0).in_order())
 
 
 def test_evaluated_examples_of_similar_length_share_a_batch() -> None:
     def batches(rank: int, size: int, limit: int | None = None, every: int = 1) -> list[tuple[list[int], bool]]:
-        examples = Counted({"i": torch.tensor(count)} for count in Counted.token_counts)
+        examples = CountedExamples({"i": torch.tensor(count)} for count in CountedExamples.token_counts)
         made = Batches(examples, 2 * size, 2, rank, size, 0).in_order(limit, every)
         return [(batch["i"].tolist(), counts) for batch, counts in made]
 

@@ -12,7 +12,7 @@ from twa_scale.run.shares import with_divisors
 from twa_scale.run.tasks import Batch
 
 
-class Numbered:
+class NumberedTask:
     """A task whose batches are their numbers of terms."""
 
     def terms(self, batch: Any) -> int | None:
@@ -23,7 +23,7 @@ class Numbered:
 def divisors_of_ranks(terms: list[list[int | None]]) -> list[float]:
     group = Group.world()
     batches: Any = terms[group.rank]
-    task: Any = Numbered()
+    task: Any = NumberedTask()
     return [divisor for _, divisor in with_divisors(batches, task, 2, group, torch.device("cpu"))]
 
 
@@ -34,7 +34,7 @@ def test_batches_count_equally_if_one_has_no_number(ranks: Pool, unknown: tuple[
     assert ranks(divisors_of_ranks, 2, terms=terms) == [[2, 2], [2, 2]]
 
 
-class Summed:
+class SummedTask:
     """A task whose loss is the mean of the numbers of a batch."""
 
     def loss(self, _: object, batch: Batch) -> torch.Tensor:
@@ -48,7 +48,7 @@ class Summed:
 def mean_of_ranks(micro_batch_size: int) -> float:
     group = Group.world()
     examples: Any = [{"x": torch.tensor([float(i % 3 == 0 < i), float(i), 0.0])} for i in range(12)]
-    task: Any = Summed()
+    task: Any = SummedTask()
     batches = make_batches(examples, "train", 12, micro_batch_size, group.rank, group.size, 0)
     divided = with_divisors(batches.training(0), task, batches.num_micro, group, torch.device("cpu"))
     loss = sum((task.loss(None, batch) / divisor for batch, divisor in divided), torch.zeros(()))
