@@ -1,4 +1,4 @@
-"""Run by the tests as `python -m tests.write_deepspeed DIRECTORY`: real DeepSpeed checkpoints of 1, 2 and 3 ranks.
+"""Write real DeepSpeed checkpoints of 1, 2 and 3 ranks: `python -m tests.write_deepspeed DIRECTORY`. Tests start it.
 
 Where Lightning is installed, its Trainer writes some as well.
 Beside each lies what DeepSpeed's own zero_to_fp32 makes of it, completed by what only the module holds.
@@ -31,12 +31,12 @@ if WITH_LIGHTNING := importlib.util.find_spec("lightning") is not None:
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-# The first engine of a process imports these, which takes longer than all that it does here. Ranks are forks.
+# The first engine of a process imports these, which takes longer than its work. Ranks are forks.
 for module in (
     "deepspeed.module_inject.auto_ep_layer",
     "torch._dynamo.backends.debugging",
     "torch._inductor.compile_fx",
-    "torch._inductor.distributed_autotune",  # since torch 2.9
+    "torch._inductor.distributed_autotune",  # missing in torch 2.6
 ):
     if importlib.util.find_spec(module):
         importlib.import_module(module)
@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, object]] = {
     "0-bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
     "1-fp32": {"zero_optimization": {"stage": 1}},
     "1-bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
-    # makes DeepSpeed choose its BF16_Optimizer, whose checkpoint names no stage
+    # makes DeepSpeed choose its BF16_Optimizer, whose checkpoint does not name a stage
     "1-bf16-own": {
         "zero_optimization": {"stage": 1},
         "bf16": {"enabled": True},
@@ -64,7 +64,7 @@ SIZES = {1: ["0-fp32", "1-bf16", "2-fp32", "3-fp32"], 2: list(CASES), 3: ["1-fp3
 
 
 class Odd(nn.Module):
-    """Odd sizes, a tied head, frozen and empty parameters, buffers of several types."""
+    """A model with odd sizes, a tied head, frozen and empty parameters, and buffers of several types."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def save(case: str, config: dict[str, object], directory: Path) -> None:
 
 
 def without_a_stage(folder: Path) -> dict[str, torch.Tensor]:
-    """The part of zero_to_fp32 behind its question for the stage."""
+    """Return the part of zero_to_fp32 that follows its check of the stage."""
     states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(folder))
     files = [torch.load(file, weights_only=False) for file in zero_to_fp32.get_optim_files(folder)]
     groups = [file["optimizer_state_dict"]["single_partition_of_fp32_groups"] for file in files]
@@ -136,7 +136,7 @@ def without_a_stage(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def save_all(size: int, directory: Path) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and minutes to compile
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # used for inference only, and compiles for minutes
     deepspeed.init_distributed("gloo")
     for case in SIZES[size]:
         save(case, CASES[case], directory)
@@ -144,7 +144,7 @@ def save_all(size: int, directory: Path) -> None:
 
 
 def save_with_lightning(stage: int, directory: Path) -> None:
-    """Train two epochs of two steps. Lightning's strategy asks for GPUs; what it writes does not depend on them."""
+    """Train two epochs of two steps. Lightning's strategy requires GPUs, but what it writes does not depend on them."""
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -195,7 +195,7 @@ def save_with_lightning(stage: int, directory: Path) -> None:
 
 
 def main() -> None:
-    gc.freeze()  # DeepSpeed's BF16_Optimizer calls the collector nine times
+    gc.freeze()  # DeepSpeed's BF16_Optimizer calls the garbage collector nine times
     for size in SIZES:
         directory = Path(sys.argv[1]) / str(size)
         directory.mkdir(parents=True)
