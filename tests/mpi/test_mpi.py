@@ -88,7 +88,7 @@ def test_all_methods_of_a_group_over_mpi(results: Any) -> None:
         assert result["half"].tolist() == [0.5 * size, sum(ranks)] and result["half"].dtype == torch.bfloat16
         assert result["none"].numel() == 0 and torch.equal(result["third"], results["methods"][0]["third"])
         assert result["gather"] == [{"rank": rank} for rank in ranks] and result["broadcast"] == size - 1
-        assert result["all_gather"].tolist() == [rank for rank in ranks for _ in "ab"]
+        assert result["all_gather"].tolist() == [rank for rank in ranks for _ in range(2)]
         assert result["copied"].tolist() == [[size - 1] * 2] * 2
 
 

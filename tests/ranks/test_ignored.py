@@ -25,7 +25,7 @@ def coefficients(ddp: bool) -> Tensor:
     net: nn.Module = Scaled()
     generator = torch.Generator().manual_seed(1)
     stored = [
-        {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in net.state_dict().items()} for _ in "abc"
+        {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in net.state_dict().items()} for _ in range(3)
     ]
     batches = torch.randn(2, 8, 5, generator=generator)
     if ddp:

@@ -89,7 +89,7 @@ def test_embedding_with_max_norm_trains() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Linear(4, 1))
     states = [
-        {name: value + 0.1 * torch.randn_like(value) for name, value in model.state_dict().items()} for _ in "abc"
+        {name: value + 0.1 * torch.randn_like(value) for name, value in model.state_dict().items()} for _ in range(3)
     ]
     twa = twa_scale.attach(model, states)
 

@@ -117,7 +117,7 @@ def two_buffers(device: Simulated) -> None:
     store.kernels.make_deltas(torch.randn(2, 9000), [0.5, 0.5], target, 0)
     inputs = [
         (device.on_device(torch.randn(9000)), device.on_device(torch.randn(2)), device.on_device(torch.empty(9000)))
-        for _ in "12"
+        for _ in range(2)
     ]
     streams[1].wait_stream(streams[0])
     for stream, (gradient, weights, out) in zip(streams, inputs, strict=True):

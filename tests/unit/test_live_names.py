@@ -108,7 +108,7 @@ def test_equal_names_are_kept(tmp_path: Path, recwarn: pytest.WarningsRecorder) 
     assert not [warning for warning in recwarn if issubclass(warning.category, TwaWarning)]
 
 
-def test_a_tensor_with_and_one_without_the_prefix_are_not_both_the_same_of_the_model(tmp_path: Path) -> None:
+def test_removed_prefix_must_not_repeat_names(tmp_path: Path) -> None:
     paths = saved(tmp_path, lambda name: f"model.{name}", **{"1.weight": torch.full((1, 2), 77.0)})
     with pytest.raises(CandidateError, match=r"'model\.' makes '1\.weight' of both '1\.weight' and 'model\.1\.weight'"):
         twa_scale.attach(net(), paths)

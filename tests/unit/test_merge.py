@@ -176,10 +176,8 @@ def test_copy_of_a_candidate_is_reported(tmp_path: Path) -> None:
 def test_candidates_of_weight_zero_are_not_compared(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"step-{i}").mkdir()
-        stored = {
-            "w": torch.full((3,), float(i)),
-            "position_ids": torch.arange(4),
-        }  # integers of all candidates are read
+        # The integers of all candidates are read.
+        stored = {"w": torch.full((3,), float(i)), "position_ids": torch.arange(4)}
         save_file(stored, tmp_path / f"step-{i}/model.safetensors")
     average_fixed([f"{tmp_path}/step-*"], tmp_path / "out", weights="last")
 

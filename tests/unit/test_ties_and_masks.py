@@ -134,7 +134,7 @@ def test_other_names_are_part_of_the_fingerprint(tmp_path: Path) -> None:
 def test_a_classifier_of_the_shape_of_token_types_is_not_tied(tmp_path: Path) -> None:
     """BERT's config.json has tied word embeddings for any head."""
     names = ("bert.embeddings.token_type_embeddings.weight", "bert.embeddings.position_embeddings.weight")
-    states = [{name: torch.randn(2, 3) for name in (*names, "classifier.weight", "lm_head.weight")} for _ in "ab"]
+    states = [{name: torch.randn(2, 3) for name in (*names, "classifier.weight", "lm_head.weight")} for _ in range(2)]
     for path in (paths := written(tmp_path, states)):
         (Path(path) / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
     average_fixed(paths, tmp_path / "merged")

@@ -22,8 +22,9 @@ class Gradients:
     Args:
         store: holds the deltas.
         groups: the index of the group of each trained span of this rank.
-        rows: the corrections of rows, if there are any. They receive their part of each projection.
-        sums: zeros, (rows + 1, G) float64, on the device of the gradients; the last row is for <base, gradient>.
+        corrections: the corrections of output rows, if there are any. They receive their part of each projection.
+        sums: zeros, (store.coding.num_rows + 1, G) float64, on the device of the gradients; the last row is for
+            <base, gradient>.
         clock: measures the time of projections, in backward and in a step.
         with_center: whether the last row is needed.
         with_norm: whether to compute the norm of the gradient of all trainable weights, including fixed tensors.
@@ -33,7 +34,7 @@ class Gradients:
         self,
         store: Store,
         groups: Mapping[Span, int],
-        rows: RowCorrections | None,
+        corrections: RowCorrections | None,
         sums: torch.Tensor,
         clock: Clock,
         with_center: bool,
@@ -42,13 +43,12 @@ class Gradients:
     ) -> None:
         self._store = store
         self._groups = groups
-        self._rows = rows
+        self._corrections = corrections
         self._clock = clock
         self._with_center = with_center
         self._sums = sums
-        self._squares = (
-            torch.zeros_like(sums[:1]) if with_norm else None
-        )  # a full row, so that one all-reduce sums both
+        # A full row, so that one all-reduce sums it together with the products.
+        self._squares = torch.zeros_like(sums[:1]) if with_norm else None
         self._squared: set[Span] = set()
         self._streams: set[torch.cuda.Stream] = set()
         self._fault: Exception | None = None
@@ -67,12 +67,12 @@ class Gradients:
         if group is None:
             return
         with self._clock.part("project in step" if in_step else "project in backward"):
-            if self._rows is None or (part := self._rows.part(span)) is None:
+            if self._corrections is None or (part := self._corrections.part(span)) is None:
                 self._sums[:, group] += self._store.project(span, gradient, self._with_center)
             else:
                 for sums in self._store.project_rows(span, gradient, self._with_center, part.segments):
                     self._sums[:, group] += sums.products.sum(1)
-                    self._rows.add(part, sums)
+                    self._corrections.add(part, sums)
 
     def _square(self, span: Span, gradient: torch.Tensor) -> None:
         if self._squares is None:
@@ -137,8 +137,8 @@ class Gradients:
         self._fault = None
         self.received = False
         self._sums.zero_()
-        if self._rows is not None:
-            self._rows.clear()
+        if self._corrections is not None:
+            self._corrections.clear()
         if self._squares is not None:
             self._squares.zero_()
             self._squared.clear()

@@ -80,7 +80,7 @@ class Stateful(Observed):
             with self.pods.agree():
                 _require_on_all("state_dict", has_directory)
             rows = self._rows.state() if to is None else self._rows.save(to, self.pods, best and best.rows)
-        return self._form.state(self._x, self.optimizer.inside.state_dict(), rows, self._statistics())
+        return self._form.state(self._x, self.optimizer.inner.state_dict(), rows, self._statistics())
 
     @while_open
     def load_state_dict(self, state: dict[str, Any], directory: str | Path | None = None) -> None:

@@ -67,7 +67,7 @@ class CoefficientStep:
         if scaler and not scaler.is_enabled():
             scaler = None  # a disabled scaler does not check for overflow
         scale = self._loss_scale(scaler)
-        clip = clipping(norm and norm / scale, self._config.max_weight_grad_norm)
+        clip = clipping(None if norm is None else norm / scale, self._config.max_weight_grad_norm)
         products *= clip
         finite = self._checked(products)
         if not finite and scaler is None:
@@ -75,8 +75,9 @@ class CoefficientStep:
             if self._engine.loss_scale:
                 return False
             raise NotFiniteError(
-                "the gradient is not finite: check for a diverging loss or an overflow, then lower the rate."
+                "the gradient is not finite: check for a diverging loss or an overflow, then lower the learning rate."
             )
+        # This also unscales the gradient of the rows. `_checked` or the scaler unscales that of the coefficients.
         if finite and self._written.rows is not None:
             self._written.rows.reduce(clip / scale)
         self._train(products, scaler)
@@ -87,7 +88,7 @@ class CoefficientStep:
         """Clear the gradients that were added since the last step, except within a gradient accumulation."""
         if self._accumulating:
             return
-        self._optimizer.inside.zero_grad()
+        self._optimizer.inner.zero_grad()
         self._gradients.clear()
         self._engine.forget()
 

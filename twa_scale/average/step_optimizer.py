@@ -59,15 +59,15 @@ class AverageOptimizer(torch.optim.Optimizer):
         super().__init__([p for group in inner.param_groups for p in group["params"]], inner.defaults)
         self._average = average
         self._take_step = take_step
-        self.inside = inner
+        self.inner = inner
         self._rows = rows
         self._share()
 
     def _share(self) -> None:
         """Share the groups and the state of the inner optimizer; `load_state_dict` replaces them."""
         rows = [] if self._rows is None else self._rows.optimizer.param_groups
-        self.param_groups = [*self.inside.param_groups, *rows]
-        self.state = self.inside.state
+        self.param_groups = [*self.inner.param_groups, *rows]
+        self.state = self.inner.state
 
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: torch.amp.GradScaler | None = None) -> Any:
         """Take a step of the average. Collective.
@@ -106,7 +106,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         (x,) = self.param_groups[0]["params"]
         x.grad = gradient
         if scaler:
-            scaler.unscale_(self.inside)
+            scaler.unscale_(self.inner)
         finite = bool(torch.isfinite(gradient).all())
         rows = self._rows if finite else None
         if max_norm is not None and rows is None:
@@ -117,9 +117,9 @@ class AverageOptimizer(torch.optim.Optimizer):
             gradient *= factor
             rows.scale(factor)
         if scaler:
-            scaler.step(self.inside)
+            scaler.step(self.inner)
         else:
-            self.inside.step()
+            self.inner.step()
         if rows is not None:
             rows.optimizer.step()
 
@@ -136,10 +136,10 @@ class AverageOptimizer(torch.optim.Optimizer):
             TwaError: transformers' Trainer could not save the rows.
         """
         if saved_by_callback(self):
-            return self.inside.state_dict()
+            return self.inner.state_dict()
         self._refuse_unsaved_rows()
         average = {key: value for key, value in self._average.state_dict().items() if key != "optimizer"}
-        return {**self.inside.state_dict(), _AVERAGE: average}
+        return {**self.inner.state_dict(), _AVERAGE: average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load coefficients and moments from `state_dict()`, and write the weights. Collective.
@@ -179,11 +179,11 @@ class AverageOptimizer(torch.optim.Optimizer):
     def inner_states(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Return copies of the states of the inner optimizer and of this rank's rows, for `load_inner`."""
         rows = None if self._rows is None else {"optimizer": deepcopy(self._rows.optimizer.state_dict())}
-        return deepcopy(self.inside.state_dict()), rows
+        return deepcopy(self.inner.state_dict()), rows
 
     def load_inner(self, state: dict[str, Any], rows: dict[str, Any] | None) -> None:
         """Load a copy of the state of the inner optimizer. The state of the rows, which may be large, is not copied."""
-        load_optimizer(self.inside, state)
+        load_optimizer(self.inner, state)
         if self._rows and rows:
             load_compatible_state(self._rows.optimizer, rows["optimizer"])
         self._share()
@@ -194,7 +194,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         Raises:
             TwaError: always, except in the constructor.
         """
-        if hasattr(self, "inside"):
+        if hasattr(self, "inner"):
             raise TwaError(
                 "add_param_group: the optimizer of an average trains its coefficients only; give other parameters to "
                 "an optimizer of their own."

@@ -9,7 +9,7 @@ from twa_scale.engines import Engine
 from twa_scale.engines.model_checks import enclosing_wrapper
 from twa_scale.errors import ConfigError, EngineError
 from twa_scale.ranks import Pods
-from twa_scale.store.host_memory import Pages
+from twa_scale.store.host_memory import PinnedMemory
 
 
 class Parameters:
@@ -29,7 +29,7 @@ class Parameters:
         self._engine = engine
         self._pods = pods
         self._in_host_memory = device == "cpu" and engine.device.type != "cpu"
-        self._pages = Pages(engine.device)
+        self._pages = PinnedMemory(engine.device)
         self.names = _trained_names(engine)
         self._spans = [span for span in engine.spans() if span.name in self.names and len(span)]
         self._known_buffers = _described(engine.buffers()) if with_buffers else None

@@ -10,7 +10,7 @@ _FLOAT32 = 4
 
 
 def store_bytes(store: StoreName, n: int, sizes: Iterable[int]) -> int:
-    """Return the bytes of n deltas and the center, for spans of these sizes in elements."""
+    """Return the bytes of a store for spans of these sizes in elements, as `span_bytes` does for one."""
     return sum(span_bytes(store, n, size) for size in sizes)
 
 

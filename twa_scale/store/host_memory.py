@@ -7,10 +7,10 @@ import torch
 
 from twa_scale.errors import ConfigError
 
-_LARGE = 4 << 20  # bytes: two huge pages of 2 MiB
+_MIN_BYTES = 4 << 20  # bytes: two huge pages of 2 MiB
 
 
-def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros_in_huge_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return zeros as `torch.zeros` does, but on a CPU in huge pages, if the system has them.
 
     Huge pages need fewer page faults when memory is filled, and fewer entries of the TLB when it is read.
@@ -19,7 +19,7 @@ def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> t
         ConfigError: the system has no more memory.
     """
     nbytes = count * dtype.itemsize
-    if device.type != "cpu" or nbytes < _LARGE:
+    if device.type != "cpu" or nbytes < _MIN_BYTES:
         return torch.zeros(count, dtype=dtype, device=device)
     try:
         pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -33,7 +33,7 @@ def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> t
     return torch.frombuffer(pages, dtype=dtype)
 
 
-class Pages:
+class PinnedMemory:
     """Allocates whole pages for each tensor, and locks them if the device is a GPU.
 
     torch's allocator of page-locked memory rounds up to a power of two, which could double the size of a store.

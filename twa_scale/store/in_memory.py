@@ -84,8 +84,8 @@ class InMemoryStore:
         """Yield the inner products over each segment, for a piece of the span at a time."""
         rows, center = self._spans[span]
         num_segments = (_CPU_SUMS if self.device.type == "cpu" else _GPU_SUMS) // (8 * (rows.n + 1))
-        for piece, part, base in pieces(rows, center, num_segments * segments.length // rows.tile):
-            yield segment_sums(self.kernels, part, base if with_center else None, gradient, segments, piece)
+        for columns, part, base in pieces(rows, center, num_segments * segments.length // rows.tile):
+            yield segment_sums(self.kernels, part, base if with_center else None, gradient, segments, columns)
 
     def combine(
         self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None

@@ -10,7 +10,7 @@ from twa_scale.config import TwaConfig
 from twa_scale.config.kinds import DenseDeltas, MappedFiles, PackedDeltas, StoreName, store_kind
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, choose_kernels, of_deltas, packed_bytes
-from twa_scale.store.host_memory import in_large_pages
+from twa_scale.store.host_memory import zeros_in_huge_pages
 from twa_scale.store.in_memory import InMemoryStore
 from twa_scale.store.mapped import Mapped, MappedStore
 from twa_scale.store.offloaded import OffloadedStore
@@ -63,7 +63,7 @@ def _in_memory(
     device: torch.device,
     kernels: Kernels,
     coding: Coding | None,
-    allocate: Allocate = in_large_pages,
+    allocate: Allocate = zeros_in_huge_pages,
 ) -> InMemoryStore:
     def make(span: Span) -> Dense | Packed:
         match kind:
@@ -83,7 +83,7 @@ def torch_dtype(name: Literal["float32", "bfloat16"]) -> torch.dtype:
 
 
 def span_bytes(name: StoreName, n: int, elements: int) -> int:
-    """Return the bytes of a span of trained elements: n deltas and the float32 center."""
+    """Return the bytes of a span of trained elements: the n deltas, which `mapped` does not hold, and the center."""
     match store_kind(name):
         case DenseDeltas(dtype):
             return (n * torch_dtype(dtype).itemsize + 4) * elements

@@ -19,7 +19,8 @@ class MappedStore:
     """Computes w_i - c in float32 at each use, from the files and a float32 center.
 
     The only rounding error of the deltas is that of the center, half a unit in the last place of a weight. The ranks of
-    a node share the pages of the files. If a file is changed or truncated during training, the process is killed.
+    a node share the pages of the files. Files must not change during training: deltas could be wrong, and if a file is
+    truncated, the process is killed.
     """
 
     def __init__(self, n: int, mapped: Mapped, kernels: Kernels) -> None:
@@ -43,24 +44,24 @@ class MappedStore:
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
         total = new_sums(self._n + 1, None, self.device)
-        for piece, rows in self._pieces(span):
-            products(self.kernels, rows, rows.center if with_center else None, gradient[piece], out=total)
+        for columns, rows in self._pieces(span):
+            products(self.kernels, rows, rows.center if with_center else None, gradient[columns], out=total)
         return total
 
     def project_rows(
         self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments
     ) -> Iterator[SegmentSums]:
         """Yield the inner products over each segment, for a piece of the span at a time."""
-        for piece, rows in self._pieces(span):
-            yield segment_sums(self.kernels, rows, rows.center if with_center else None, gradient, segments, piece)
+        for columns, rows in self._pieces(span):
+            yield segment_sums(self.kernels, rows, rows.center if with_center else None, gradient, segments, columns)
 
     def combine(
         self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
     ) -> None:
         """Write the weights of this span."""
-        for cut, rows in self._pieces(span):
-            index, here = in_piece(segments, cut)
-            self.kernels.combine(rows, weights[index], rows.center, scale, out[cut], here)
+        for columns, rows in self._pieces(span):
+            index, here = in_piece(segments, columns)
+            self.kernels.combine(rows, weights[index], rows.center, scale, out[columns], here)
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Differences]]:
         """Yield a contiguous span at once, and a strided span in pieces."""
@@ -69,8 +70,8 @@ class MappedStore:
             yield slice(0, len(span)), Differences([row[span.start : span.stop] for row in tensors], center)
             return
         for offset, piece in span.pieces(_PIECE):
-            cut = slice(offset, offset + len(piece))
-            yield cut, Differences([_gathered(row, piece) for row in tensors], center[cut])
+            columns = slice(offset, offset + len(piece))
+            yield columns, Differences([_gathered(row, piece) for row in tensors], center[columns])
 
     def close(self) -> None:
         """Release the files and the center."""

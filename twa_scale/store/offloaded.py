@@ -7,14 +7,14 @@ import torch
 
 from twa_scale.base.spans import Span
 from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Segments, Target, new_sums
-from twa_scale.store.host_memory import Pages
+from twa_scale.store.host_memory import PinnedMemory
 from twa_scale.store.in_memory import InMemoryStore
 from twa_scale.store.projection import in_piece, pieces, products, segment_sums
 from twa_scale.store.staging import Staging
 from twa_scale.store.store import SegmentSums
 
 BUFFER = 64 << 20
-"""The bytes of a piece, and of each of the two buffers on the device. A piece has at least one tile."""
+"""The bytes of a piece, and of each of the two buffers on the device. More if one run of tiles does not fit."""
 
 
 class OffloadedStore:
@@ -33,7 +33,7 @@ class OffloadedStore:
     def __init__(
         self, make: Callable[[Allocate], InMemoryStore], device: torch.device, kernels: Kernels, buffer: int = BUFFER
     ) -> None:
-        self._pages = Pages(device)
+        self._pages = PinnedMemory(device)
         self._inner = make(self._pages.zeros)
         self._staging = Staging(device)
         self._compute = kernels
@@ -66,25 +66,25 @@ class OffloadedStore:
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span, on its device."""
         total = new_sums(self._inner.held(span)[0].n + 1, None, gradient.device)
-        for cut, rows, center in self._on_device(span, with_center):
-            products(self._compute, rows, center, gradient[cut], out=total)
+        for columns, rows, center in self._on_device(span, with_center):
+            products(self._compute, rows, center, gradient[columns], out=total)
         return total
 
     def project_rows(
         self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments
     ) -> Iterator[SegmentSums]:
         """Yield the inner products over each segment, for a piece of the span at a time."""
-        for cut, rows, center in self._on_device(span, with_center):
-            yield segment_sums(self._compute, rows, center, gradient, segments, cut)
+        for columns, rows, center in self._on_device(span, with_center):
+            yield segment_sums(self._compute, rows, center, gradient, segments, columns)
 
     def combine(
         self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
     ) -> None:
         """Write the weights of this span."""
-        for cut, rows, center in self._pieces(span):
+        for columns, rows, center in self._pieces(span):
             with self._staging.lend([*rows.tensors, center]) as (*places, base):
-                index, here = in_piece(segments, cut)
-                self._compute.combine(rows.over(places), weights[index], base, scale, out[cut], here)
+                index, here = in_piece(segments, columns)
+                self._compute.combine(rows.over(places), weights[index], base, scale, out[columns], here)
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
         """Yield columns, rows and center of pieces that fit into a buffer."""
@@ -93,9 +93,9 @@ class OffloadedStore:
 
     def _on_device(self, span: Span, with_center: bool) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor | None]]:
         """Yield the same in the buffers on the device, whose memory is used again after the next piece."""
-        for piece, rows, center in self._pieces(span):
+        for columns, rows, center in self._pieces(span):
             with self._staging.lend([*rows.tensors, *([center] if with_center else [])]) as copies:
-                yield piece, rows.over(copies[: len(rows.tensors)]), copies[-1] if with_center else None
+                yield columns, rows.over(copies[: len(rows.tensors)]), copies[-1] if with_center else None
 
     def close(self) -> None:
         """Wait for the device, then release the memory of host and device."""

@@ -34,7 +34,7 @@ def segment_sums(
     center: torch.Tensor | None,
     gradient: torch.Tensor,
     segments: Segments,
-    piece: slice,
+    columns: slice,
 ) -> SegmentSums:
     """Return the products over the segments of some columns of a span.
 
@@ -44,10 +44,10 @@ def segment_sums(
         center: the center of these columns, or None.
         gradient: the gradient of the whole span.
         segments: the segments of the whole span.
-        piece: the columns.
+        columns: a range of columns of the span.
     """
-    first, part = segments.part(piece.start, piece.stop)
-    return SegmentSums(slice(first, first + part.count), products(kernels, rows, center, gradient[piece], part))
+    first, part = segments.part(columns.start, columns.stop)
+    return SegmentSums(slice(first, first + part.count), products(kernels, rows, center, gradient[columns], part))
 
 
 def pieces(
@@ -57,13 +57,13 @@ def pieces(
     step = rows.run * max(1, tiles // rows.run)
     for tile in range(0, rows.count, step):
         first, part = rows.part(tile, tile + step)
-        piece = slice(first, first + part.m)
-        yield piece, part, center[piece]
+        columns = slice(first, first + part.m)
+        yield columns, part, center[columns]
 
 
-def in_piece(segments: Segments | None, piece: slice) -> tuple[EllipsisType | tuple[slice, slice], Segments | None]:
+def in_piece(segments: Segments | None, columns: slice) -> tuple[EllipsisType | tuple[slice, slice], Segments | None]:
     """Return the index of the weights of some columns of a span, and the segments of these columns."""
     if segments is None:
         return ..., None
-    first, part = segments.part(piece.start, piece.stop)
+    first, part = segments.part(columns.start, columns.stop)
     return (slice(None), slice(first, first + part.count)), part

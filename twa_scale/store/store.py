@@ -13,7 +13,8 @@ class SegmentSums(NamedTuple):
     """Products of a gradient with the rows and the center, over some consecutive segments of a span."""
 
     segments: slice
-    """The segments. The first and the last one may be in another piece, too; their products are the sum of both."""
+    """The segments. The first and the last one may continue in other pieces; their products are the sums over all
+    pieces."""
     products: torch.Tensor
     """(num_rows + 1, number of segments), float64."""
 
@@ -21,7 +22,8 @@ class SegmentSums(NamedTuple):
 class Store(Protocol):
     """Holds the deltas and the center of the spans of this rank. They are filled once and then only read.
 
-    The rows of a store are the deltas, or those that `coding` defines. The caller converts weights of deltas into
+    The rows of a store are the deltas, or those that `coding` defines. What is called the center here is the base of
+    `coding`: the center, or for `Trajectory` the first candidate. The caller converts weights of deltas into
     weights of rows, once for all spans. A store does not depend on groups, bases and ranks, and does not read
     candidates.
     """

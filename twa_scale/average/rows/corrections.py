@@ -43,11 +43,12 @@ def row_moments(config: TwaConfig) -> int:
 
 
 class RowCorrections:
-    """A row r of a tensor in group g has the weights w_r = c_r + sum_i u[i] delta_i,r with u = T_g (x_g + y_r).
+    """Holds and trains the corrections y of the coefficients of single rows.
 
-    y starts at zero and is trained at a lower rate than x. x adapts to all rows of a group, and y to single rows. Each
-    rank keeps the y of the rows that it holds. Only rows that a shard boundary cuts are exchanged within a shard group;
-    the gradients of all rows are averaged over replicas.
+    Row r of a tensor in group g has the weights w_r = c_r + sum_i u[i] delta_i,r with u = T_g (x_g + y_r). y starts at
+    zero. Its learning rate is by default a tenth of that of x. x adapts to all rows of a group, and y to single rows.
+    Each rank keeps the y of the rows that it holds. Only rows that a shard boundary cuts are exchanged within a shard
+    group; the gradients of all rows are averaged over replicas.
 
     Args:
         config: the optimizer and the rate of the rows.

@@ -46,7 +46,7 @@ class NumbaKernels:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Add the inner products <row_i, gradient> to `out`, and return it."""
-        n, right = rows.n, _array(gradient)
+        n, gradient_values = rows.n, _array(gradient)
         out = new_sums(n, segments, gradient.device) if out is None else out
         table = out.T if segments else out[None]
         found = table.numpy()  # Arithmetic of torch would start its own threads in each of these.
@@ -54,27 +54,30 @@ class NumbaKernels:
 
         def work(start: int, stop: int) -> None:
             first, count, part = _part(segments, rows, start, stop)
-            # `own` is a view of `found`. If an earlier range has a part of the first segment, it is copied later.
+            # `own` is a view of `found`. If an earlier range has a part of the first segment, it is a new array that
+            # is added to `found` below.
             begins = start == 0 or (segments is not None and part[1] == 0)
             own = found[first : first + count] if begins else np.zeros((count, n))
             total = _flat(table[first : first + count] if begins else torch.from_numpy(own)), _stride(own)
             match rows:
                 case Dense():
-                    loops.project_dense(_array(rows.values), n, rows.m, TILE, right, part, start, stop, total)
+                    loops.project_dense(_array(rows.values), n, rows.m, TILE, gradient_values, part, start, stop, total)
                 case Packed():
                     packed_loops(rows.bits, segments is not None).project(
-                        _packed(rows), right, part, *_tiles(rows, start, stop), total
+                        _packed(rows), gradient_values, part, *_tiles(rows, start, stop), total
                     )
                 case Differences():
-                    cut, sums = (start * _PIECE, min(stop * _PIECE, len(right))), np.zeros((n, count))
+                    cut, sums = (start * _PIECE, min(stop * _PIECE, len(gradient_values))), np.zeros((n, count))
                     for row, some in zip(rows.rows, sums, strict=True):
-                        loops.project_differences(_array(row), rows.center.numpy(), right, *cut, _PART, part, some)
+                        loops.project_differences(
+                            _array(row), rows.center.numpy(), gradient_values, *cut, _PART, part, some
+                        )
                     own += sums.T
             if not begins:
                 found[first + 1 : first + count] += own[1:]
                 shared.append((start, first, own[0]))
 
-        self._threads.run(work, *_size(rows))
+        self._threads.run(work, *_ranges_and_bytes(rows))
         for _, first, sums in sorted(shared, key=lambda part: part[0]):  # in the order of columns
             found[first] += sums
         return out
@@ -115,7 +118,7 @@ class NumbaKernels:
                         own = factors[first : first + count]
                         _combine_differences(rows, own, part, base, scale, out, piece * _PIECE)
 
-        self._threads.run(work, *_size(rows))
+        self._threads.run(work, *_ranges_and_bytes(rows))
 
     def checksums(self, sources: Sources) -> torch.Tensor:
         """Return the checksum of each source."""
@@ -161,7 +164,7 @@ class NumbaKernels:
             parts.append((first, sums))
 
         self._threads.run(work, -(-(at % GRID + m) // GRID), sources.nbytes)
-        checked, products, size, errors = (_in_order([(first, sums[k]) for first, sums in parts]) for k in range(4))
+        checked, products, size, errors = (_sum_in_order([(first, sums[k]) for first, sums in parts]) for k in range(4))
         if target.products is not None and target.products.ndim == 1:
             target.products.add_(torch.from_numpy(products[0]))
         elif target.products is not None:
@@ -201,7 +204,7 @@ def _row_memory(target: Target) -> Any:
             return np.empty(0, np.float32), np.uint64(0)
 
 
-def _in_order(parts: list[tuple[int, Any]]) -> Any:
+def _sum_in_order(parts: list[tuple[int, Any]]) -> Any:
     """Return the sum of the parts, added in the order of the columns so that it does not depend on the threads."""
     return np.sum([total for _, total in sorted(parts, key=lambda part: part[0])], axis=0)
 
@@ -240,9 +243,9 @@ def _combine_differences(
 
 
 def _part(segments: Segments | None, rows: Rows, start: int, stop: int) -> tuple[int, int, Any]:
-    """Return the first segment of ranges [start, stop) of `_size`, their number of segments, and the loops' argument.
+    """Return the first segment of some ranges, their number of segments, and the argument of the loops.
 
-    Without segments, all columns are in one.
+    Without segments, all columns are in one. [start, stop) are ranges of `_ranges_and_bytes`.
     """
     if segments is None:
         return 0, 1, _ENDLESS
@@ -258,7 +261,7 @@ def _tiles(rows: Packed, start: int, stop: int) -> tuple[int, int]:
     return start * RUN, min(stop * RUN, rows.count)
 
 
-def _size(rows: Rows) -> tuple[int, int]:
+def _ranges_and_bytes(rows: Rows) -> tuple[int, int]:
     """Return the number of ranges into which rows can be split, and their size in bytes."""
     match rows:
         case Dense():

@@ -10,8 +10,8 @@ from numba.core import cgutils
 binding.initialize_native_asmparser()  # for inline assembly
 LANES = 16
 WIDE = 2 * LANES
-INDEX, INT, HALF, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
-INTS, FLOATS, HALVES = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES), ir.VectorType(HALF, WIDE)
+INDEX, INT, INT16, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+INTS, FLOATS, INT16S = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES), ir.VectorType(INT16, WIDE)
 FAST = ("contract", "reassoc", "nsz")
 FUSED = ("contract",)
 _ROUNDER = float(3 << 22)  # Adding it to a float32 of at most 2^22 leaves the nearest integer in the low bits.
@@ -20,7 +20,7 @@ Join = Callable[[Any, Any], Any]
 
 def splat(value: float, lanes: int = LANES) -> Any:
     """Return a vector constant with equal lanes: 16 floats or 32-bit integers, or 32 16-bit integers."""
-    kind = HALF if lanes == WIDE else INT if isinstance(value, int) else FLOAT
+    kind = INT16 if lanes == WIDE else INT if isinstance(value, int) else FLOAT
     return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
 
 
@@ -145,11 +145,11 @@ class Emitter:
         """Add a_2j b_2j + a_2j+1 b_2j+1, for 32 integers each, to 16 sums."""
         if "+avx512vnni" in self._features:
             # LLVM would divide instructions that add to the same sum into two, for latency, which is no limit here.
-            kind = ir.FunctionType(INTS, [INTS, HALVES, HALVES])
+            kind = ir.FunctionType(INTS, [INTS, INT16S, INT16S])
             instruction = ir.InlineAsm(kind, "vpdpwssd $3, $2, $0", "=v,0,v,v")
             return self.build.call(instruction, [total, a, b])
         if "+avx512bw" in self._features:  # LLVM finds the instructions of AVX2 and SSE itself.
-            kind = ir.FunctionType(INTS, [HALVES, HALVES])
+            kind = ir.FunctionType(INTS, [INT16S, INT16S])
             instruction = cgutils.get_or_insert_function(self.build.module, kind, "llvm.x86.avx512.pmaddw.d.512")
             return self.build.add(total, self.build.call(instruction, [a, b]))
         for odd in (0, 1):
@@ -172,7 +172,7 @@ class Emitter:
         even = self.build.add(self.build.add(bits, splat(0x7FFF)), self.build.and_(high, splat(1)))
         number = self.build.fcmp_ordered("==", values, values)
         rounded = self.build.select(number, self.build.lshr(even, splat(16)), splat(0x7FC0))
-        return self.build.trunc(rounded, ir.VectorType(HALF, LANES))
+        return self.build.trunc(rounded, ir.VectorType(INT16, LANES))
 
     def allocate(self, name: str, kind: Any, count: int) -> None:
         """Allocate a local array with this name on the stack."""

@@ -106,13 +106,13 @@ def project_dense(
     sums, pitch = total
     n, m, tile = U(n), U(m), U(tile)
     length, lead = segments
-    right = np.empty(tile, np.float32)
+    tile_gradient = np.empty(tile, np.float32)
     segment, end = U(0), U(start) * tile + length - lead
     for t in range(U(start), U(stop)):
         first = t * tile
         width = min(tile, m - first)
         for j in range(width):
-            right[j] = widen(gradient[first + j])
+            tile_gradient[j] = widen(gradient[first + j])
         low = U(0)
         while low < width:  # each segment of the tile
             if end <= first + low:
@@ -122,7 +122,7 @@ def project_dense(
                 row = first * n + i * width
                 part = FLOAT0
                 for j in range(low, high):
-                    part += widen(values[row + j]) * right[j]
+                    part += widen(values[row + j]) * tile_gradient[j]
                 sums[segment * pitch + i] += part
             low = high
 

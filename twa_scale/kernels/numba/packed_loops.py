@@ -22,14 +22,20 @@ from twa_scale.kernels.numba.packed_vectors import (
     store_past_caches,
     sum_rows,
 )
-from twa_scale.kernels.numba.shared_tiles import add_to_products, combine_rests, divide, project_rests, rest_memory
+from twa_scale.kernels.numba.shared_tiles import (
+    add_to_products,
+    combine_rests,
+    find_segments,
+    project_rests,
+    rest_memory,
+)
 from twa_scale.kernels.packed_rows import BLOCKS, RUN
 
 ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
 _LARGE = U(1 << 18)  # elements, from which the output does not stay in a cache until it is read
 
 
-def sizes(bits: int) -> tuple[Any, Any]:
+def block_and_fields(bits: int) -> tuple[Any, Any]:
     """Return the number of elements of a block, and of fields of a word."""
     return U(BLOCKS[bits]), U(16 // bits)
 
@@ -69,14 +75,14 @@ def _padded(source: Any, first: Any, n: Any, width: Any, target: Any, pitch: Any
 
 @inlined
 def _division(fields: Any, tile: Any) -> Any:
-    """Return uninitialized arrays for the blocks and the rests of a tile, as `divide` writes them."""
+    """Return uninitialized arrays for the blocks and the rests of a tile, as `find_segments` writes them."""
     of_blocks = np.empty(fields, U), np.empty(fields, U), np.empty(fields, U)
     return of_blocks, (np.empty(tile, U), np.empty(tile, U), np.empty(tile, U))
 
 
 def _project_loop(bits: int, many: bool) -> Callable[..., None]:
     """Return the loop that adds <row_i, gradient> to `total`, float64."""
-    block, fields = sizes(bits)
+    block, fields = block_and_fields(bits)
 
     @partial(compiled, variant=bits + 16 * many)
     def project(rows: Any, gradient: Any, segments: Any, start: int, stop: int, total: Any) -> None:
@@ -86,9 +92,14 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
         products, pitch = total
         tile, chunks, size = block * fields, _chunks(n, fields), n * SIXTEEN
         factors, sums = np.empty(chunks * SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
-        lanes = np.zeros((fields if many else ONE) * size + SIXTEEN * SIXTEEN, np.float32)  # read by `move_lanes`
+        # With 16 more rows, because `move_lanes` reads whole groups of 16 rows.
+        lanes = np.zeros((fields if many else ONE) * size + SIXTEEN * SIXTEEN, np.float32)
         own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
-        right, integers, units = np.empty(tile, np.float32), np.empty(tile, np.int16), np.empty(SIXTEEN, np.float32)
+        tile_gradient, integers, units = (
+            np.empty(tile, np.float32),
+            np.empty(tile, np.int16),
+            np.empty(SIXTEEN, np.float32),
+        )
         of_blocks, rests = _division(fields, tile if many else ONE)
         _, places, different = of_blocks
         memory = rest_memory(n, block)
@@ -106,7 +117,9 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
             different[0] = segment
             if many and apart:
                 place = segment, end - at
-                segment, end, count, num_places = divide(block, skip, used, place, length, size, of_blocks, rests)
+                segment, end, count, num_places = find_segments(
+                    block, skip, used, place, length, size, of_blocks, rests
+                )
                 end += at
                 whole = whole and count == U(0)
             elif many:
@@ -121,12 +134,12 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
             if whole:
                 quantize_gradient(bits, integers, units, gradient, at - lead, fields)
             else:
-                right[:] = FLOAT0
+                tile_gradient[:] = FLOAT0
                 for j in range(skip, used):
-                    right[j] = widen(gradient[at + j - lead])
+                    tile_gradient[j] = widen(gradient[at + j - lead])
                 if many and count > U(0):
-                    project_rests(bits, block, (codes, word, own, n), rests, count, right, total, memory)
-                quantize_gradient(bits, integers, units, right, U(0), fields)
+                    project_rests(bits, block, (codes, word, own, n), rests, count, tile_gradient, total, memory)
+                quantize_gradient(bits, integers, units, tile_gradient, U(0), fields)
             after = at + tile - lead
             if many:
                 add_dots_apart(
@@ -134,6 +147,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 )
             else:
                 add_dots(bits, lanes, codes, word, n, own, factors, chunks, integers, units, places, gradient, after)
+            # The lanes are float32. Add them to the float64 products after RUN tiles, and before the segment changes.
             if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop) or (many and end <= at + tile) or apart:
                 for q in range(num_places):
                     add_to_products(products, different[q] * pitch, lanes, q * size, n, sums)
@@ -142,13 +156,11 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
 
 
 def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
-    """Return the loop that writes center * base + sum_i weights_i row_i."""
-    block, fields = sizes(bits)
+    """Return the loop that writes scale * base + sum_i weights_i row_i."""
+    block, fields = block_and_fields(bits)
 
     @partial(compiled, variant=bits + 16 * many)
-    def combine(
-        rows: Any, weights: Any, segments: Any, base: Any, center: Any, out: Any, start: int, stop: int
-    ) -> None:
+    def combine(rows: Any, weights: Any, segments: Any, base: Any, scale: Any, out: Any, start: int, stop: int) -> None:
         words, scales, shape = rows
         n, m, lead = shape
         length, front = segments
@@ -163,7 +175,7 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
         owners[:] = segment
         new = True  # whether the weights of this tile differ from those of the tile before
         for t in range(U(start), U(stop)):
-            skip, used, width, blocks, word, scale = extent(shape, block, fields, t)
+            skip, used, width, blocks, word, first_scale = extent(shape, block, fields, t)
             at, count, apart = t * tile, U(0), False
             if many:
                 if end <= at + skip:
@@ -173,7 +185,7 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                     owners[:] = segment
                 if apart:
                     place = segment, end - at
-                    segment, end, count, _ = divide(block, skip, used, place, length, U(0), of_blocks, rests)
+                    segment, end, count, _ = find_segments(block, skip, used, place, length, U(0), of_blocks, rests)
                     end += at
             if new or apart:
                 spread_weights(bits, each, weights, owners, n)
@@ -183,7 +195,7 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                 new = apart
             if used < tile:
                 own[:] = np.uint16(0)
-            _padded(scales, scale, n, blocks, own, fields)
+            _padded(scales, first_scale, n, blocks, own, fields)
             quantize_factors(bits, pairs, firsts, units, factors, own, each, chunks)
             codes, first = words, word
             if width < block:
@@ -196,11 +208,11 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                 m >= _LARGE
                 and used == tile
                 and skip == U(0)
-                and store_past_caches(out, at - lead, center, base, total, tile)
+                and store_past_caches(out, at - lead, scale, base, total, tile)
             ):
                 continue
             for j in range(skip, used):
-                out[at + j - lead] = narrow(out, center * base[at + j - lead] + total[j])
+                out[at + j - lead] = narrow(out, scale * base[at + j - lead] + total[j])
         store_fence()
 
     return combine
@@ -216,7 +228,7 @@ class Loops(NamedTuple):
     project: Callable[..., None]
     """Adds <row_i, gradient> to `total`, float64."""
     combine: Callable[..., None]
-    """Writes center * base + sum_i weights_i row_i."""
+    """Writes scale * base + sum_i weights_i row_i."""
 
 
 @cache

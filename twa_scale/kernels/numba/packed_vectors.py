@@ -24,10 +24,10 @@ from twa_scale.kernels.numba.intrinsics import (
     FLOAT,
     FLOATS,
     FUSED,
-    HALF,
-    HALVES,
     INDEX,
     INT,
+    INT16,
+    INT16S,
     LANES,
     WIDE,
     Emitter,
@@ -152,7 +152,7 @@ def _quantize_gradient(v: TileEmitter) -> None:
         finite = b.icmp_unsigned("<", extent, ir.Constant(INT, _INFINITE))
         inverse = v.broadcast(v.inverses(b.bitcast(extent, FLOAT), finite))
         for i in range(0, len(values), 2):
-            low, high = (b.bitcast(v.integers(some, inverse), HALVES) for some in values[i : i + 2])
+            low, high = (b.bitcast(v.integers(some, inverse), INT16S) for some in values[i : i + 2])
             v.store("integers", v.at(start, i * LANES), v.shuffle(low, high, range(0, 2 * WIDE, 2)))
     extents = v.load("extents", 0)
     finite = b.icmp_unsigned("<", extents, splat(_INFINITE))
@@ -322,7 +322,7 @@ def _sum_rows(v: TileEmitter) -> None:
             other = b.select(b.icmp_unsigned("<", other, last), other, last)  # The integer of a missing row is 0.
             rows = [v.at(v["at"], v.times(i, v.block), s) for i in (one, other)]
             row = v.times(pair.index, v.fields)
-            integers = [b.bitcast(v.broadcast_element("pairs", v.at(row, k)), HALVES) for k in fields]
+            integers = [b.bitcast(v.broadcast_element("pairs", v.at(row, k)), INT16S) for k in fields]
             for c in (0, WIDE):
                 first, second = (v.load("words", v.at(start, c), WIDE) for start in rows)
                 for side, order in enumerate((_LOW, _HIGH)):
@@ -340,8 +340,8 @@ def _sum_rows(v: TileEmitter) -> None:
 
 
 @intrinsic
-def store_past_caches(typing, out, at, center, base, total, count):  # type: ignore[no-untyped-def]
-    """Write center * base + total to `count` elements of `out`, a multiple of 16, with non-temporal stores.
+def store_past_caches(typing, out, at, scale, base, total, count):  # type: ignore[no-untyped-def]
+    """Write scale * base + total to `count` elements of `out`, a multiple of 16, with non-temporal stores.
 
     These do not read `out` into the caches first, but need aligned memory.
 
@@ -350,24 +350,24 @@ def store_past_caches(typing, out, at, center, base, total, count):  # type: ign
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = Emitter(context, builder, signature.args, arguments, "out at center base total count")
+        v = Emitter(context, builder, signature.args, arguments, "out at scale base total count")
         start = v.address("out", v["at"])
-        size = LANES * (2 if start.type.pointee.element == HALF else 4)
+        size = LANES * (2 if start.type.pointee.element == INT16 else 4)
         low = builder.and_(builder.ptrtoint(start, INDEX), v.at(size - 1))
         aligned = builder.icmp_unsigned("==", low, v.at(0))
         with builder.if_then(aligned):
-            factor = v.broadcast(v["center"])
+            factor = v.broadcast(v["scale"])
             with cgutils.for_range(builder, builder.lshr(v["count"], v.at(4))) as loop:
                 j = v.times(loop.index, LANES)
                 to = v.at(v["at"], j)
                 product = builder.fmul(factor, v.load("base", to), flags=FAST)
                 values = builder.fadd(product, v.load("total", j), flags=FAST)
-                values = v.bfloat16(values) if start.type.pointee.element == HALF else values
+                values = v.bfloat16(values) if start.type.pointee.element == INT16 else values
                 store = builder.store(values, v.address("out", to), align=size)
                 store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(INT, 1)]))
         return aligned
 
-    return types.boolean(out, _U, center, base, total, _U), generate
+    return types.boolean(out, _U, scale, base, total, _U), generate
 
 
 @intrinsic

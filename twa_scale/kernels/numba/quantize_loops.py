@@ -9,9 +9,9 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from twa_scale.kernels.numba.intrinsics import FLOAT, FLOATS, FUSED, HALF, INTS, LANES, Join, splat
+from twa_scale.kernels.numba.intrinsics import FLOAT, FLOATS, FUSED, INT16, INTS, LANES, Join, splat
 from twa_scale.kernels.numba.loops import FLOAT0, OPTIONS, U, inlined
-from twa_scale.kernels.numba.packed_loops import ONE, SIXTEEN, extent, sizes
+from twa_scale.kernels.numba.packed_loops import ONE, SIXTEEN, block_and_fields, extent
 from twa_scale.kernels.numba.packed_vectors import TileEmitter, tile_intrinsic
 from twa_scale.kernels.packed_rows import zero_of
 from twa_scale.kernels.torch.quantize import EXTREMES, MEAN_SIZE, REFINEMENTS, SMALLEST
@@ -42,7 +42,7 @@ def quantize(
 def _quantize(
     bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, coding_order: Any, count: Any, errors: Any
 ) -> Any:
-    block, fields = sizes(bits.literal_value)
+    block, fields = block_and_fields(bits.literal_value)
 
     def columns(
         bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, coding_order: Any, count: Any, errors: Any
@@ -189,7 +189,7 @@ def _write_codes(v: TileEmitter, scales: Any) -> None:
             v.store("values", v.at(v["at"], v.times(k, v.block), c), kept)
             words = b.or_(words, b.shl(code, splat(v.bits * f)))
         word = v.at(v["word"], b.mul(v["n"], v.times(tile.index, v.block)), c)
-        v.store("words", word, b.trunc(words, ir.VectorType(HALF, LANES)))
+        v.store("words", word, b.trunc(words, ir.VectorType(INT16, LANES)))
     v.store("block_errors", 0, block_errors.get())
 
 

@@ -7,11 +7,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from twa_scale.kernels.numba.intrinsics import FAST, FLOAT, HALF, HALVES, INT, INTS, LANES, WIDE, Emitter, splat
+from twa_scale.kernels.numba.intrinsics import FAST, FLOAT, INT, INT16, INT16S, INTS, LANES, WIDE, Emitter, splat
 from twa_scale.kernels.numba.packed_vectors import TileEmitter, tile_intrinsic
 
 _U = types.uint64
-_DOUBLE, _DOUBLES = ir.DoubleType(), 8  # in a register
+_DOUBLE = ir.DoubleType()
+_NUM_DOUBLES = 8  # float64 numbers in a register of 512 bits
 
 
 @intrinsic
@@ -29,10 +30,12 @@ def move_lanes(typing, products, to, lanes, at, n, sums):  # type: ignore[no-unt
             total = v.sums([v.load("lanes", v.at(start, i * LANES)) for i in range(LANES)])
             for i in range(LANES):
                 v.store("lanes", v.at(start, i * LANES), splat(0.0))
-            for i in range(0, LANES, _DOUBLES):
-                wide = builder.fpext(v.shuffle(total, total, range(i, i + _DOUBLES)), ir.VectorType(_DOUBLE, _DOUBLES))
+            for i in range(0, LANES, _NUM_DOUBLES):
+                wide = builder.fpext(
+                    v.shuffle(total, total, range(i, i + _NUM_DOUBLES)), ir.VectorType(_DOUBLE, _NUM_DOUBLES)
+                )
                 place = v.at(v["to"], row, i)
-                v.store("products", place, builder.fadd(v.load("products", place, _DOUBLES), wide))
+                v.store("products", place, builder.fadd(v.load("products", place, _NUM_DOUBLES), wide))
         rest = builder.and_(v["n"], v.at(LANES - 1))
         with builder.if_then(builder.icmp_unsigned("!=", rest, v.at(0))):
             start = v.at(v["at"], v.times(builder.sub(v["n"], rest), LANES))
@@ -83,7 +86,7 @@ def _sum_rest(v: TileEmitter) -> None:
     b, code = v.build, _codes_of_field(v)
     zero = splat(v.zeros[0], WIDE)  # minus twice the code of 0
     with cgutils.for_range_slice(b, v["start"], v["stop"], v.at(WIDE), inc=True) as (word, _):
-        sums = [v.variable(splat(0.0)) for _ in "12"]
+        sums = [v.variable(splat(0.0)) for _ in range(2)]
         with cgutils.for_range(b, v["n"]) as row:
             words = v.load("words", v.at(v["at"], v.times(row.index, v.block), word), WIDE)
             levels = b.add(b.shl(code(words), splat(1, WIDE)), zero)
@@ -98,8 +101,8 @@ def _sum_rest(v: TileEmitter) -> None:
 
 def _codes_of_field(v: TileEmitter) -> Any:
     """Return a function that returns the codes in 32 words of the field of a call, which is known at run time."""
-    shift = v.build.trunc(v.times(v["field"], v.bits), HALF)
-    one = v.build.insert_element(ir.Constant(HALVES, ir.Undefined), shift, ir.Constant(INT, 0))
+    shift = v.build.trunc(v.times(v["field"], v.bits), INT16)
+    one = v.build.insert_element(ir.Constant(INT16S, ir.Undefined), shift, ir.Constant(INT, 0))
     shifts = v.shuffle(one, one, [0] * WIDE)
     mask = splat((1 << v.bits) - 1, WIDE)
     return lambda words: v.build.and_(v.build.lshr(words, shifts), mask)

@@ -17,7 +17,9 @@ ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
 
 
 @compiled
-def divide(block: Any, skip: Any, used: Any, place: Any, length: Any, size: Any, of_blocks: Any, rests: Any) -> Any:
+def find_segments(
+    block: Any, skip: Any, used: Any, place: Any, length: Any, size: Any, of_blocks: Any, rests: Any
+) -> Any:
     """Find the segments of a tile.
 
     Args:
@@ -69,6 +71,7 @@ def add_to_products(products: Any, to: Any, lanes: Any, first: Any, n: Any, sums
 @inlined
 def rest_memory(n: Any, block: Any) -> Any:
     """Return memory for `project_rests`: lanes, their sums, and the gradient of a block as integers and as floats."""
+    # With 16 more rows, because `move_lanes` reads whole groups of 16 rows.
     lanes, sums = np.empty((n + SIXTEEN) * SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
     return lanes, sums, np.empty(block, np.int16), np.empty(SIXTEEN, np.float32), np.empty(block, np.float32)
 
@@ -83,23 +86,23 @@ def project_rests(
         bits: the number of bits of a code, a constant.
         block: the number of elements of a block.
         rows: words of complete tiles, the first index of those of this tile, its scales, and n.
-        rests: from `divide`.
+        rests: from `find_segments`.
         count: the number of rests.
         gradient: the gradient of the tile, float32.
         total: products (count, n), float64, flat, and their row stride.
         memory: from `rest_memory`.
     """
     products, pitch = total
-    lanes, sums, integers, units, right = memory
+    lanes, sums, integers, units, block_gradient = memory
     words, at, scales, n = rows
     starts, stops, segments = rests
     for r in range(U(count)):
         low, high, k = starts[r], stops[r], starts[r] // block
-        right[:] = FLOAT0
+        block_gradient[:] = FLOAT0
         for j in range(low, high):
-            right[j - k * block] = gradient[j]
+            block_gradient[j - k * block] = gradient[j]
         gradient[low:high] = FLOAT0
-        quantize_gradient(bits, integers, units, right, U(0), ONE)
+        quantize_gradient(bits, integers, units, block_gradient, U(0), ONE)
         dot_rest(bits, lanes, words, at, n, scales, k, integers, units)
         add_to_products(products, segments[r] * pitch, lanes, U(0), n, sums)
 
