@@ -27,7 +27,7 @@ def main() -> None:
     task = build_task(load_config(arguments.config, arguments.overrides).task)
     options = arguments.model, arguments.seed, arguments.lr, arguments.steps, arguments.batch_size, arguments.out
     loss = finetune(task, *options)
-    print(f"{arguments.out}: rate {arguments.lr}, last batch {loss:.3f}")
+    print(f"{arguments.out}: learning rate {arguments.lr}, last batch {loss:.3f}")
 
 
 def finetune(task: Task, pretrained: Path, seed: int, lr: float, steps: int, batch_size: int, out: Path) -> float:
@@ -41,7 +41,7 @@ def finetune(task: Task, pretrained: Path, seed: int, lr: float, steps: int, bat
 
 def classifier(pretrained: Path) -> Any:
     """Return the pretrained model with a new head, which is the same at every call."""
-    torch.manual_seed(0)  # weights can be averaged when they begin at one place
+    torch.manual_seed(0)  # An average of models with different heads is usually bad.
     return AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=2, trust_remote_code=False)
 
 
@@ -72,7 +72,8 @@ def train(task: Task, model: nn.Module, seed: int, lr: float, steps: int, batch_
 def random_batches(token_counts: Tensor, batch_size: int, steps: int) -> list[Tensor]:
     """Return random batches of examples of similar length, so that little of a batch is padding.
 
-    Each epoch has another order. Of every eight batches in it, the examples are sorted by length.
+    Each epoch shuffles the examples, and sorts each group of eight batches by length. Batches of less than `batch_size`
+    examples are left out.
     """
     result: list[Tensor] = []
     while len(result) < steps:

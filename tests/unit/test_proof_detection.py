@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from examples.proof.detection.canvases import SIZE, Canvas, canvas, write_split
 from examples.proof.detection.loss import box_loss, closeness, detection_loss
-from examples.proof.detection.network import Detected, Detector, peaks, placed
+from examples.proof.detection.network import Detector, DetectorOutput, decode_boxes, suppress_non_maxima
 from twa_scale.config import load_config
 from twa_scale.run.tasks import build_task
 from twa_scale.run.tasks.task import stack
@@ -40,7 +40,7 @@ class PerfectDetector(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, pixel_values: Tensor, labels: list[dict[str, Tensor]]) -> Detected:
+    def forward(self, pixel_values: Tensor, labels: list[dict[str, Tensor]]) -> DetectorOutput:
         logits, boxes = torch.zeros(len(labels), GRID, GRID, 11), torch.zeros(len(labels), GRID, GRID, 4)
         logits[..., -1] = 20.0
         for image, label in enumerate(labels):
@@ -50,7 +50,7 @@ class PerfectDetector(nn.Module):
                     logits[image, row, resident, kind] = 40.0 if resident == column else 21.0
                     boxes[image, row, resident] = box
         loss = self.scale * detection_loss(logits, boxes + 1e-6, labels)
-        return Detected(loss, peaks(logits).flatten(1, 2), boxes.flatten(1, 2))
+        return DetectorOutput(loss, suppress_non_maxima(logits).flatten(1, 2), boxes.flatten(1, 2))
 
 
 def test_a_detector_that_knows_all_objects_finds_each_once(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_loss_of_a_detector_falls(count: int) -> None:
 
 
 def test_boxes_start_at_the_centers_of_cells_and_equal_ones_cost_nothing() -> None:
-    boxes = placed(torch.zeros(1, 2, 4, 4))[0]
+    boxes = decode_boxes(torch.zeros(1, 2, 4, 4))[0]
     assert boxes[1, 2].tolist() == [0.625, 0.75, 0.25, 0.25]
     assert closeness(boxes[1, 2][None], 2, 4)[0, 1, 2] == 1.0
     flat = boxes.flatten(0, 1)

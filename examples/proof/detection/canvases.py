@@ -15,10 +15,10 @@ from examples.proof.images.data import read
 Pixels = npt.NDArray[np.uint8]
 
 SIZE = 64  # pixels of a canvas in each direction
-GARMENTS = (2, 6)  # how many there are on a canvas
-SIDES = (14, 36)  # of an image of a garment, 28 as it comes, in pixels
+GARMENTS = (2, 6)  # smallest and largest number of garments that are tried on a canvas
+SIDES = (14, 36)  # smallest and largest side of a scaled garment, in pixels; the originals have 28
 FRAGMENTS = (4, 10)  # pieces of other garments
-VISIBLE = 0.5  # the part of each garment that others leave visible
+VISIBLE = 0.5  # the smallest fraction of each garment that stays visible
 NAMES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 
 
@@ -101,7 +101,7 @@ def canvas(garments: Pixels, kinds: Pixels, generator: np.random.Generator) -> C
 
     Args:
         garments: uint8 (N, 28, 28).
-        kinds: of each garment, (N,).
+        kinds: the class of each garment, an index into NAMES, (N,).
         generator: draws all that is random.
     """
     noise = generator.normal(generator.uniform(10, 60), 12, (SIZE, SIZE))

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from examples.proof.detection.loss import detection_loss
 from examples.proof.images.network import Block
 
-HIDDEN = 1e4  # the logit of "no object" where another cell next to it is more certain
+NO_OBJECT_LOGIT = 1e4  # the logit of "no object" where another cell next to it is more certain
 
 
 @dataclass
-class Detected:
+class DetectorOutput:
     """What a detector returns, as models of transformers do. Q cells, row by row, each stand for one object."""
 
     loss: Tensor | None
@@ -59,12 +59,12 @@ class Detector(nn.Module):
             if head is self.classes:
                 nn.init.constant_(head.bias[-1], 7.0)
 
-    def forward(self, pixel_values: Tensor, labels: list[dict[str, Tensor]] | None = None) -> Detected:
+    def forward(self, pixel_values: Tensor, labels: list[dict[str, Tensor]] | None = None) -> DetectorOutput:
         """Return the objects, and the loss if there are labels.
 
         Args:
             pixel_values: float32 (B, 3, H, W) from 0 to 1, of which the first channel is seen.
-            labels: for each image, `class_labels`, int64 (M,), and `boxes`, (M, 4) as of `Detected`.
+            labels: for each image, `class_labels`, int64 (M,), and `boxes`, (M, 4) as of `DetectorOutput`.
         """
         x = self.stem(2 * pixel_values[:, :1] - 1)
         found = [x := level(x) for level in self.levels]
@@ -72,13 +72,13 @@ class Detector(nn.Module):
         for side, level in zip(reversed(self.sides[:-1]), reversed(found[:-1]), strict=True):
             features = side(level) + F.interpolate(features, scale_factor=2.0)
         features = self.mixed(F.relu(features))
-        logits, boxes = self.classes(features).movedim(1, -1), placed(self.boxes(features).movedim(1, -1))
+        logits, boxes = self.classes(features).movedim(1, -1), decode_boxes(self.boxes(features).movedim(1, -1))
         loss = None if labels is None else detection_loss(logits, boxes, labels)
-        return Detected(loss, peaks(logits).flatten(1, 2), boxes.flatten(1, 2))
+        return DetectorOutput(loss, suppress_non_maxima(logits).flatten(1, 2), boxes.flatten(1, 2))
 
 
-def placed(offsets: Tensor) -> Tensor:
-    """Return boxes, as of `Detected`, from what a detector predicts in each cell.
+def decode_boxes(offsets: Tensor) -> Tensor:
+    """Return boxes, as of `DetectorOutput`, from what a detector predicts in each cell.
 
     Args:
         offsets: (B, rows, columns, 4): the distance from the center of the cell to that of the object in cells, and the
@@ -90,8 +90,8 @@ def placed(offsets: Tensor) -> Tensor:
     return torch.cat([centers, offsets[..., 2:].clamp(-4, 2).exp() / 4], -1)
 
 
-def peaks(logits: Tensor) -> Tensor:
+def suppress_non_maxima(logits: Tensor) -> Tensor:
     """Return logits, (B, rows, columns, C + 1), with an object only where no cell next to it is more certain."""
     certain = logits.softmax(-1)[..., :-1].amax(-1)
     kept = certain == F.max_pool2d(certain[:, None], 3, 1, 1)[:, 0]
-    return torch.cat([logits[..., :-1], logits[..., -1:].where(kept[..., None], HIDDEN)], -1)
+    return torch.cat([logits[..., :-1], logits[..., -1:].where(kept[..., None], NO_OBJECT_LOGIT)], -1)
