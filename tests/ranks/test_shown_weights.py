@@ -229,8 +229,8 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_an_error_in_the_middle_of_the_block_ends_the_average(ranks: Pool, engine: str) -> None:
     (waited, *other), (failed, *own) = ranks(fail_in_the_middle, 2, engine=engine)
-    assert failed == "Alone: cannot decode picture 17"
-    expected = "RankError: rank 0 could not complete a collective: rank 1 failed (Alone: cannot decode picture 17)"
+    assert failed == "OneRankError: cannot decode picture 17"
+    expected = f"RankError: rank 0 could not complete a collective: rank 1 failed ({failed})"
     assert waited.startswith(expected)
     for refused, seconds in (other, own):
         assert all("could not restore the trained weights" in text for text in refused) and seconds < 30
