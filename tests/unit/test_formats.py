@@ -105,6 +105,18 @@ def work(candidates: list[str], out: str, form: str, **options: Any) -> None:
     average_fixed(candidates, out, "ema:0.9", format=form, **options)
 
 
+def average_on_ranks(
+    ranks: Pool,
+    size: int,
+    directory: Path,
+    candidates: list[str],
+    form: str,
+    function: Callable[..., None] = work,
+) -> None:
+    paths = [str(directory / name) for name in candidates]
+    ranks(function, size, candidates=paths, out=str(directory / "out"), form=form)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
     ("candidates", "file", "keys"),
@@ -118,13 +130,7 @@ def work(candidates: list[str], out: str, form: str, **options: Any) -> None:
 def test_torch_files(
     ranks: Pool, working_directory: Path, candidates: list[str], file: str, keys: list[str], size: int
 ) -> None:
-    ranks(
-        work,
-        size,
-        candidates=[str(working_directory / name) for name in candidates],
-        out=str(working_directory / "out"),
-        form="pt",
-    )
+    average_on_ranks(ranks, size, working_directory, candidates, "pt")
     actual: Any = torch.load(working_directory / "out" / file, weights_only=True)
     for key in keys:
         assert list(actual) == [key]
@@ -139,8 +145,7 @@ def test_torch_files(
     ("candidates", "key"), [("ckpt", "state_dict."), ("dcp", "model."), ("hf", "")], indirect=["candidates"]
 )
 def test_dcp(ranks: Pool, working_directory: Path, candidates: list[str], key: str, size: int) -> None:
-    paths = [str(working_directory / name) for name in candidates]
-    ranks(in_small_chunks, size, candidates=paths, out=str(working_directory / "out"), form="dcp")
+    average_on_ranks(ranks, size, working_directory, candidates, "dcp", in_small_chunks)
     assert len(list((working_directory / "out").glob("*.distcp"))) > 2
     actual = load_dcp(working_directory / "out", {key + name: tensor for name, tensor in zeros().items()})
     assert_equal({name.removeprefix(key): tensor for name, tensor in actual.items()}, expected(candidates))
@@ -163,13 +168,7 @@ def members(path: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("candidates", ["ckpt"], indirect=True)
 def test_the_same_torch_file(ranks: Pool, working_directory: Path, candidates: list[str], size: int) -> None:
-    ranks(
-        work,
-        size,
-        candidates=[str(working_directory / name) for name in candidates],
-        out=str(working_directory / "out"),
-        form="same",
-    )
+    average_on_ranks(ranks, size, working_directory, candidates, "same")
     content: Any = torch.load("out/step-10.ckpt", weights_only=True)
     assert_equal(content["state_dict"], expected(candidates))
     assert content["state_dict"]["last"].stride() == state(3)["last"].stride()
@@ -183,13 +182,7 @@ def test_the_same_torch_file(ranks: Pool, working_directory: Path, candidates: l
 @pytest.mark.parametrize("candidates", ["dcp"], indirect=True)
 def test_the_same_dcp(ranks: Pool, working_directory: Path, candidates: list[str], size: int) -> None:
     Path("step-10/meta.pt").write_bytes(b"as it is")
-    ranks(
-        work,
-        size,
-        candidates=[str(working_directory / name) for name in candidates],
-        out=str(working_directory / "out"),
-        form="same",
-    )
+    average_on_ranks(ranks, size, working_directory, candidates, "same")
     actual = load_dcp(working_directory / "out", {"model": zeros(), "optim": optimizer(0), "step": 0})
     assert_equal(actual["model"], expected(candidates))
     assert actual["step"] == 3 and torch.equal(actual["optim"]["m"], torch.full((3,), 3.0))

@@ -49,16 +49,16 @@ class NumbaKernels:
         n, gradient_values = rows.n, _array(gradient)
         out = new_sums(n, segments, gradient.device) if out is None else out
         table = out.T if segments else out[None]
-        found = table.numpy()  # Arithmetic of torch would start its own threads in each of these.
+        found = table.numpy()  # Arithmetic of torch would start threads of its own in each of these.
         shared: list[tuple[int, int, Any]] = []
 
         def work(start: int, stop: int) -> None:
             first, count, part = _part(segments, rows, start, stop)
-            # `own` is a view of `found`. If an earlier range has a part of the first segment, it is a new array that
-            # is added to `found` below.
+            # Products are added to a part of `table`. If an earlier range has a part of the first segment, they are
+            # added to new zeros, and these to `found` below.
             begins = start == 0 or (segments is not None and part[1] == 0)
-            own = found[first : first + count] if begins else np.zeros((count, n))
-            total = _flat(table[first : first + count] if begins else torch.from_numpy(own)), _stride(own)
+            target = table[first : first + count] if begins else torch.from_numpy(np.zeros((count, n)))
+            own, total = target.numpy(), (_flat(target), np.uint64(target.stride(0)))
             match rows:
                 case Dense():
                     loops.project_dense(_array(rows.values), n, rows.m, TILE, gradient_values, part, start, stop, total)
@@ -222,11 +222,6 @@ def _flat(rows: torch.Tensor) -> Any:
     assert rows.stride(1) == 1 or rows.shape[1] <= 1
     size = (len(rows) - 1) * rows.stride(0) + rows.shape[1] if rows.numel() else 0
     return rows.as_strided((size,), (1,)).numpy()
-
-
-def _stride(rows: Any) -> Any:
-    """Return the row stride of float64 numbers, in elements."""
-    return np.uint64(rows.strides[0] // rows.itemsize)
 
 
 def _packed(rows: Packed) -> Any:

@@ -102,7 +102,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
         )
         of_blocks, rests = _division(fields, tile if many else ONE)
         _, places, different = of_blocks
-        memory = rest_memory(n, block)
+        memory = rest_memory(n if many else U(0), block)
         places[:] = U(0)
         # The end of the segment is counted from the start of the first block, as tiles are.
         segment, end = U(0), max(U(start) * tile, lead) + length - front
