@@ -57,10 +57,10 @@ class Target:
 
 
 def new_sums(n: int, segments: Segments | None, device: torch.device) -> torch.Tensor:
-    """Return zeros for inner products of n rows, (n,), or (n, segments.count) in the layout of `Kernels.project`."""
+    """Return memory for inner products of n rows, (n,), or (n, segments.count) in the layout of `Kernels.project`."""
     if segments is None:
-        return torch.zeros(n, dtype=torch.float64, device=device)
-    return torch.zeros(segments.count, n, dtype=torch.float64, device=device).T
+        return torch.empty(n, dtype=torch.float64, device=device)
+    return torch.empty(segments.count, n, dtype=torch.float64, device=device).T
 
 
 class SourceChecks(NamedTuple):
@@ -88,7 +88,7 @@ class Kernels(Protocol):
         segments: Segments | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add the inner products <row_i, gradient> to `out`, and return it.
+        """Write the inner products <row_i, gradient> to `out`, and return it.
 
         Args:
             rows: n rows of m elements.

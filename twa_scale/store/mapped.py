@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Differences, Kernels, Segments, Target, new_sums, of_deltas
+from twa_scale.kernels import Differences, Kernels, Segments, Target, of_deltas
 from twa_scale.store.projection import in_piece, products, segment_sums
 from twa_scale.store.store import SegmentSums
 
@@ -43,9 +43,9 @@ class MappedStore:
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
-        total = new_sums(self._n + 1, None, self.device)
+        total = torch.zeros(self._n + 1, dtype=torch.float64)
         for columns, rows in self._pieces(span):
-            products(self.kernels, rows, rows.center if with_center else None, gradient[columns], out=total)
+            total += products(self.kernels, rows, rows.center if with_center else None, gradient[columns])
         return total
 
     def project_rows(

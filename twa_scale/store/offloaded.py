@@ -6,7 +6,7 @@ from copy import copy
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Segments, Target, new_sums
+from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Segments, Target
 from twa_scale.store.host_memory import PinnedMemory
 from twa_scale.store.in_memory import InMemoryStore
 from twa_scale.store.projection import in_piece, pieces, products, segment_sums
@@ -65,9 +65,9 @@ class OffloadedStore:
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span, on its device."""
-        total = new_sums(self._inner.held(span)[0].n + 1, None, gradient.device)
+        total = gradient.new_zeros(self._inner.held(span)[0].n + 1, dtype=torch.float64)
         for columns, rows, center in self._on_device(span, with_center):
-            products(self._compute, rows, center, gradient[columns], out=total)
+            total += products(self._compute, rows, center, gradient[columns])
         return total
 
     def project_rows(

@@ -15,15 +15,16 @@ def products(
     center: torch.Tensor | None,
     gradient: torch.Tensor,
     segments: Segments | None = None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Add <row_i, gradient> and, last, <center, gradient> (zero without a center) to `out`, and return it.
+    """Return <row_i, gradient> and, last, <center, gradient> (zero without a center), float64.
 
-    The shape of `out` is (n + 1,), or (n + 1, count) with segments. Default: `new_sums`.
+    The shape is (n + 1,), or (n + 1, count) with segments.
     """
-    out = new_sums(rows.n + 1, segments, gradient.device) if out is None else out
+    out = new_sums(rows.n + 1, segments, gradient.device)
     kernels.project(rows, gradient, segments, out[:-1])
-    if center is not None:
+    if center is None:
+        out[-1:].zero_()
+    else:
         kernels.project(Dense.one(center), gradient, segments, out[-1:])
     return out
 

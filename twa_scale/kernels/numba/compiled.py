@@ -45,7 +45,7 @@ class NumbaKernels:
         segments: Segments | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add the inner products <row_i, gradient> to `out`, and return it."""
+        """Write the inner products <row_i, gradient> to `out`, and return it."""
         n, gradient_values = rows.n, _array(gradient)
         out = new_sums(n, segments, gradient.device) if out is None else out
         table = out.T if segments else out[None]
@@ -54,10 +54,10 @@ class NumbaKernels:
 
         def work(start: int, stop: int) -> None:
             first, count, part = _part(segments, rows, start, stop)
-            # Products are added to a part of `table`. If an earlier range has a part of the first segment, they are
-            # added to new zeros, and these to `found` below.
+            # Products are written to a part of `table`. If an earlier range has a part of the first segment, they are
+            # written to new memory and copied, and those of this segment are added below.
             begins = start == 0 or (segments is not None and part[1] == 0)
-            target = table[first : first + count] if begins else torch.from_numpy(np.zeros((count, n)))
+            target = table[first : first + count] if begins else torch.from_numpy(np.empty((count, n)))
             own, total = target.numpy(), (_flat(target), np.uint64(target.stride(0)))
             match rows:
                 case Dense():
@@ -72,9 +72,9 @@ class NumbaKernels:
                         loops.project_differences(
                             _array(row), rows.center.numpy(), gradient_values, *cut, _PART, part, some
                         )
-                    own += sums.T
+                    own[:] = sums.T
             if not begins:
-                found[first + 1 : first + count] += own[1:]
+                found[first + 1 : first + count] = own[1:]
                 shared.append((start, first, own[0]))
 
         self._threads.run(work, *_ranges_and_bytes(rows))

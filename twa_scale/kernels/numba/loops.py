@@ -99,7 +99,7 @@ def bfloat16(x: Any) -> Any:
 def project_dense(
     values: Any, n: int, m: int, tile: int, gradient: Any, segments: Any, start: int, stop: int, total: Any
 ) -> None:
-    """Add <row_i, gradient> over tiles [start, stop) to `total`: sums (count, n), float64, flat, and their row stride.
+    """Write <row_i, gradient> over tiles [start, stop) to `total`: sums (count, n), float64, flat, and their stride.
 
     `segments` is the length of a segment, and the position of the first column of tile `start` in its segment.
     """
@@ -108,6 +108,7 @@ def project_dense(
     length, lead = segments
     tile_gradient = np.empty(tile, np.float32)
     segment, end = U(0), U(start) * tile + length - lead
+    sums[:n] = 0.0
     for t in range(U(start), U(stop)):
         first = t * tile
         width = min(tile, m - first)
@@ -117,6 +118,7 @@ def project_dense(
         while low < width:  # each segment of the tile
             if end <= first + low:
                 segment, end = segment + U(1), end + length
+                sums[segment * pitch : segment * pitch + n] = 0.0
             high = min(width, end - first)
             for i in range(n):
                 row = first * n + i * width

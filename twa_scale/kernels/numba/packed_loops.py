@@ -81,7 +81,7 @@ def _division(fields: Any, tile: Any) -> Any:
 
 
 def _project_loop(bits: int, many: bool) -> Callable[..., None]:
-    """Return the loop that adds <row_i, gradient> to `total`, float64."""
+    """Return the loop that writes <row_i, gradient> to `total`, float64."""
     block, fields = block_and_fields(bits)
 
     @partial(compiled, variant=bits + 16 * many)
@@ -106,6 +106,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
         places[:] = U(0)
         # The end of the segment is counted from the start of the first block, as tiles are.
         segment, end = U(0), max(U(start) * tile, lead) + length - front
+        products[:n], zeroed = 0.0, U(0)  # the last segment whose products are zero or more
         for t in range(U(start), U(stop)):
             skip, used, width, blocks, word, scale = extent(shape, block, fields, t)
             at, apart, count, num_places = t * tile, False, U(0), ONE
@@ -124,6 +125,10 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 whole = whole and count == U(0)
             elif many:
                 places[:] = U(0)
+            # Here, and not all at once, because the lines of these products are in a cache when they are added to.
+            while many and zeroed < segment:
+                zeroed += ONE
+                products[zeroed * pitch : zeroed * pitch + n] = 0.0
             if blocks < fields:
                 own[:] = np.uint16(0)
             _padded(scales, scale, n, blocks, own, fields)
@@ -226,7 +231,7 @@ class Loops(NamedTuple):
     """
 
     project: Callable[..., None]
-    """Adds <row_i, gradient> to `total`, float64."""
+    """Writes <row_i, gradient> to `total`, float64."""
     combine: Callable[..., None]
     """Writes scale * base + sum_i weights_i row_i."""
 

@@ -28,8 +28,8 @@ class TorchKernels:
         segments: Segments | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add the inner products <row_i, gradient> to `out`, and return it."""
-        total = new_sums(rows.n, segments, gradient.device) if out is None else out
+        """Write the inner products <row_i, gradient> to `out`, and return it."""
+        total = (new_sums(rows.n, segments, gradient.device) if out is None else out).zero_()
         if segments:
             _project_segments(rows, gradient, segments, total)
             return total

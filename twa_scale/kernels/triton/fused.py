@@ -183,12 +183,12 @@ class TritonKernels(TorchKernels):
         segments: Segments | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add <row_i, gradient> to `out`, in float32 within a program and in float64 over programs."""
+        """Write <row_i, gradient> to `out`, added in float32 within a program and in float64 over programs."""
         if isinstance(rows, Differences) or (segments and segments.length < SHORTEST):
             return super().project(rows, gradient, segments, out)
         gradient = gradient.contiguous()
         found = project_segments(rows, gradient, segments) if segments else self._project(rows, gradient)
-        return found if out is None else out.add_(found)
+        return found if out is None else out.copy_(found)
 
     def _project(self, rows: Dense | Packed, gradient: torch.Tensor) -> torch.Tensor:
         shape = DENSE if isinstance(rows, Dense) else PROJECT[rows.bits]
