@@ -10,7 +10,7 @@ import torch
 from tests.old_torch import why_not
 from tests.pool import Pool
 
-pytest.register_assert_rewrite("tests.chaos.works")  # assertions of these modules show values
+pytest.register_assert_rewrite("tests.chaos.interrupted_work")  # assertions of these modules show values
 torch.set_num_threads(1)  # for tensors of this size more threads only take time
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in processes that tests start, because idle threads spin
 

@@ -16,15 +16,15 @@ def wrap(model: Any, engine: str) -> nn.Module:
     FSDP1 cannot flatten a parameter of shape (), nor a frozen one with others when it drops the original parameters.
     """
     if engine == "sharded-ddp":
-        return hold(model, engine)
+        return wrap_module(model, engine)
     flat = engine == "fsdp1-flat"
     ignored = [p for p in model.parameters() if p.dim() == 0 or (flat and not p.requires_grad)]
     for i, block in enumerate(model.blocks):
-        model.blocks[i] = hold(block, engine)
-    return hold(model, engine, ignored_states=ignored or None)
+        model.blocks[i] = wrap_module(block, engine)
+    return wrap_module(model, engine, ignored_states=ignored or None)
 
 
-def hold(module: nn.Module, engine: str, **options: Any) -> nn.Module:
+def wrap_module(module: nn.Module, engine: str, **options: Any) -> nn.Module:
     """Wrap any module. Buckets of fairscale hold small tensors only."""
     if engine != "sharded-ddp":
         fixed: dict[str, Any] = {"use_orig_params": engine == "fsdp1", "device_id": torch.device("cpu")}

@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from examples.proof.kept import keep, kept_rows
 from examples.proof.page import PAGE, updated
 from examples.proof.parts import Row, check_rows, run_parts
+from examples.proof.stored_rows import keep, kept_rows
 from examples.proof.table import tables
 from examples.proof.work import Settings, Work
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 from check import check
-from material import SIZES, link_candidates, llama, tensors, write_candidates
+from random_llama import SIZES, link_candidates, llama, tensors, write_candidates
 from rich.console import Console
 from rich.table import Table
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from examples.soup.material import unpack_model, write_splits
+from examples.soup.model_and_data import unpack_model, write_splits
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "soup.yaml"

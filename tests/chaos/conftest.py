@@ -6,9 +6,9 @@ from hashlib import sha256
 
 import pytest
 
+from tests.chaos.interrupted_work import Merge, Snapshotting, Training, TrainingOnRanks, Work, attempt
 from tests.chaos.task import WIDE
-from tests.chaos.works import Merge, Snapshotting, Training, TrainingOnRanks, Work, attempt
-from tests.commands.material import train_candidates
+from tests.commands.small_runs import train_candidates
 from tests.pool import Pool
 from twa_scale.merge import average_fixed
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from tests.commands.material import Scores
+from tests.commands.small_runs import Scores
 
 
 class Wide(Scores):

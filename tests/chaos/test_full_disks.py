@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.works import Work, attempt
+from tests.chaos.interrupted_work import Work, attempt
 from tests.limits import resize, small_disk
 from tests.pool import Outcome, Pool
 from twa_scale.errors import OutputError

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.victims import ELSEWHERE, Moment, PhaseTiming, TargetProcess
-from tests.chaos.works import Work
+from tests.chaos.interrupted_work import Work
+from tests.chaos.target_process import ELSEWHERE, Moment, PhaseTiming, TargetProcess
 
 KILLS = {"run": 36, "continued": 30, "average": 10, "export": 10, "snapshots": 12, "asynchronous": 12}
 LEAST = 3  # in each phase

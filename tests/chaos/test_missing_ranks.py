@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.victims import Moment, PhaseTiming, TargetProcess
-from tests.chaos.works import TrainingOnRanks
+from tests.chaos.interrupted_work import TrainingOnRanks
+from tests.chaos.target_process import Moment, PhaseTiming, TargetProcess
 
 TRIALS = {signal.SIGSTOP: 10, signal.SIGKILL: 4}
 AT_ONCE = 3
@@ -27,8 +27,8 @@ NAMED, NONE_WAITED, TOO_SLOW = "named", "nobody waited for it any more", "ended 
 def test_missing_at_random_moments(two_ranks: TrainingOnRanks, tmp_path: Path, chaos_seed: int) -> None:
     started = time.monotonic()
     two_ranks.prepare(tmp_path / "usual")
-    victims = to_the_end(two_ranks, tmp_path / "usual", 0)
-    usual = [victim.usual() for victim in victims]
+    processes = to_the_end(two_ranks, tmp_path / "usual", 0)
+    usual = [process.usual() for process in processes]
     numbers = [number for number, count in TRIALS.items() for _ in range(count)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
         trials = [
@@ -60,8 +60,8 @@ def trial(
     moment = Moment.of(aim, usual[failed_rank][aim], chance)
     hasty = replace(work, changes={**work.changes, "timeout": TIMEOUT})
     work.prepare(directory)
-    victims = start(hasty, directory, job)
-    missing, other = victims[failed_rank], victims[1 - failed_rank]
+    processes = start(hasty, directory, job)
+    missing, other = processes[failed_rank], processes[1 - failed_rank]
     try:
         reached = missing.reach(moment)
         phase = missing.stop(signal_number) if reached else ""
@@ -93,9 +93,9 @@ def trial(
 
 
 def to_the_end(work: TrainingOnRanks, directory: Path, job: int) -> list[TargetProcess]:
-    victims = start(work, directory, job)
-    assert [victim.ended() for victim in victims] == [0, 0], [victim.output for victim in victims]
-    return victims
+    processes = start(work, directory, job)
+    assert [process.ended() for process in processes] == [0, 0], [process.output for process in processes]
+    return processes
 
 
 def start(work: TrainingOnRanks, directory: Path, job: int) -> list[TargetProcess]:

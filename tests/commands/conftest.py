@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import material
+from tests.commands import small_runs
 
 
 @dataclass
@@ -23,20 +23,20 @@ class TrainedCandidates:
 def text(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     directory = tmp_path_factory.mktemp("text")
     files = {"config.json": b'{"model_type": "byte_gpt"}', "tokenizer.json": b"{}"}
-    return TrainedCandidates(material.TEXT, material.train_candidates(material.TEXT, directory, files=files))
+    return TrainedCandidates(small_runs.TEXT, small_runs.train_candidates(small_runs.TEXT, directory, files=files))
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     directory = tmp_path_factory.mktemp("digits")
-    task = material.digits(directory / "digits.npz")
-    return TrainedCandidates(task, material.train_candidates(task, directory))
+    task = small_runs.digits(directory / "digits.npz")
+    return TrainedCandidates(task, small_runs.train_candidates(task, directory))
 
 
 @pytest.fixture(scope="session")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     directory = tmp_path_factory.mktemp("scores")
-    return TrainedCandidates(material.SCORES, material.train_candidates(material.SCORES, directory))
+    return TrainedCandidates(small_runs.SCORES, small_runs.train_candidates(small_runs.SCORES, directory))
 
 
 @dataclass

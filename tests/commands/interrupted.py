@@ -6,7 +6,7 @@ import time
 
 from torch import Tensor, nn
 
-from tests.commands.material import Scores, Tensors
+from tests.commands.small_runs import Scores, Tensors
 
 
 class Interrupted(Scores):

@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands import material
+from tests.commands import small_runs
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import load, run_here, settings
+from tests.commands.small_runs import load, run_here, settings
 from tests.pool import Pool
 from tests.sums import averaged
 from twa_scale import ConfigError
@@ -229,8 +229,8 @@ def test_plan_matches_the_run(
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2)])
 def test_plan_counts_every_byte_that_is_read(ranks: Pool, tmp_path: Path, shell: Any, engine: str, size: int) -> None:
     """Buffers count for the rank that reads them for all ranks."""
-    task = material.digits(tmp_path / "digits.npz") | {"model": "tests.commands.material:numbered_convnet"}
-    candidates = material.train_candidates(task, tmp_path / "candidates")
+    task = small_runs.digits(tmp_path / "digits.npz") | {"model": "tests.commands.small_runs:numbered_convnet"}
+    candidates = small_runs.train_candidates(task, tmp_path / "candidates")
     data = settings(candidates, task, tmp_path / "out", engine=engine, steps=1)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
     planned = json.loads(shell("plan", tmp_path / "run.yaml", "--ranks", size, "--json").out)

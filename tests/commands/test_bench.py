@@ -11,7 +11,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import settings
+from tests.commands.small_runs import settings
 from tests.pool import Pool
 from twa_scale import ConfigError
 from twa_scale.cli import app

@@ -9,7 +9,7 @@ from torch import nn
 
 import twa_scale
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import as_launched, run_here, settings
+from tests.commands.small_runs import as_launched, run_here, settings
 from tests.commands.test_keep import candidates, measured_by_hand, records
 from tests.pool import Pool
 from tests.sums import averaged

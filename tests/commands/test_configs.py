@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.commands.conftest import CommandResult, TrainedCandidates
-from tests.commands.material import by_hand, load, run_here
+from tests.commands.small_runs import by_hand, load, run_here
 from tests.pool import Pool
 from twa_scale.config import load_config
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests import zero
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import by_hand, load, run_here, state_of
+from tests.commands.small_runs import by_hand, load, run_here, state_of
 from tests.pool import Pool
 from twa_scale.config import RunConfig, load_config, validated
 from twa_scale.errors import ConfigError

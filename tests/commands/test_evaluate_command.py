@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import as_launched, load, run_here, settings
+from tests.commands.small_runs import as_launched, load, run_here, settings
 from tests.commands.test_keep import candidates, measured_by_hand
 from tests.pool import Pool
 from twa_scale.config import RunConfig, validated

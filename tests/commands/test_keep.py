@@ -11,11 +11,11 @@ import yaml
 from torch import nn
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import by_hand, load, run_here, settings
+from tests.commands.small_runs import by_hand, load, run_here, settings
 from tests.pool import Pool
 from tests.states import values_of_rows
 from twa_scale.average.state import KeptState, load_state
-from twa_scale.average.stateful import Held
+from twa_scale.average.stateful import AverageValues
 from twa_scale.config import RunConfig, TaskConfig, validated
 from twa_scale.errors import ConfigError
 from twa_scale.run.best import BestAverage
@@ -264,7 +264,7 @@ def test_first_of_equal_bests_is_kept(higher: bool, values: list[float], best: i
     task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
     kept = BestAverage(task, config())
     empty = torch.zeros(1, 1, dtype=torch.float64)
-    average: Any = SimpleNamespace(held=lambda: Held(empty, empty, None, {}))
+    average: Any = SimpleNamespace(copy_values=lambda: AverageValues(empty, empty, None, {}))
     for step, value in enumerate(values):
         kept.update(step, {"loss": 9.0, "score": value}, average)
     assert (kept.best and kept.best.step) == best

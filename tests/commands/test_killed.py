@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import load, run_here, settings
+from tests.commands.small_runs import load, run_here, settings
 from tests.commands.test_stopping import same_end
 from tests.pool import PRELOAD
 from twa_scale.average.state import load_state

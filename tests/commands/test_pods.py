@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import load, run_here, settings
+from tests.commands.small_runs import load, run_here, settings
 from tests.pool import Pool
 from twa_scale import ConfigError
 

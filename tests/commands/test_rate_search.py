@@ -12,7 +12,7 @@ from torch import nn
 
 import twa_scale
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import Scores, run_here, settings, state_of
+from tests.commands.small_runs import Scores, run_here, settings, state_of
 from tests.commands.test_stopping import run_with_handlers
 from tests.pool import Pool
 from tests.ranks import cases
@@ -143,7 +143,7 @@ def test_schedulers_of_a_trial_end_with_it_and_others_are_refused() -> None:
     twa_scale.choose_rate(twa, train, lambda: rates[-1], [0.2, 0.4])
     assert rates == [0.1, 0.2] and twa.optimizer.param_groups[0]["lr"] == 0.2
     torch.optim.lr_scheduler.LambdaLR(twa.optimizer, lambda step: 1 / (2 + step))
-    restore = twa.remember()
+    restore = twa.save_in_memory()
     twa.set_lr(0.5)
     assert twa.optimizer.param_groups[0]["initial_lr"] == 0.5
     restore()

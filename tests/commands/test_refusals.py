@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.commands.conftest import CommandResult, TrainedCandidates
-from tests.commands.material import run_here, settings
+from tests.commands.small_runs import run_here, settings
 from tests.pool import Pool
 from twa_scale.errors import TwaError
 
@@ -224,7 +224,7 @@ def test_directories_without_a_run(shell: Any, tmp_path: Path) -> None:
 
 
 def test_custom_task_that_is_not_a_task(config: Any, shell: Any) -> None:
-    module_name = "tests.commands.material"
+    module_name = "tests.commands.small_runs"
     for name, words in (
         ("no_such_module_anywhere:f", ["no_such_module_anywhere", "PYTHONPATH"]),
         (f"{module_name}:score", ["'score'", "did you mean 'scores'?"]),

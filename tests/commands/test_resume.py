@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import load, run_here, settings, state_of
+from tests.commands.small_runs import load, run_here, settings, state_of
 from tests.pool import Pool
 from twa_scale.errors import OutputError, StateError, TwaError
 from twa_scale.merge import export_run

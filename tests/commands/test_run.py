@@ -10,9 +10,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.commands import material
+from tests.commands import small_runs
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import by_hand, load, run_here, settings, state_of
+from tests.commands.small_runs import by_hand, load, run_here, settings, state_of
 from tests.pool import Pool
 from twa_scale.config import RunConfig, TaskConfig, load_config, validated
 from twa_scale.output import temporary
@@ -72,7 +72,7 @@ def test_the_summary_counts_what_was_read(finished_run: Path, text: TrainedCandi
     candidates = [load(path) for path in Path(text.candidates).parent.glob("step-*")]
     assert summary["bytes_read_per_rank"] == [sum(value.nbytes for state in candidates for value in state.values())]
     elements = sum(value.numel() for value in candidates[0].values())
-    assert summary["store_bytes_per_rank"] == [4 * (material.N + 1) * elements]
+    assert summary["store_bytes_per_rank"] == [4 * (small_runs.N + 1) * elements]
     assert summary["steps"] == 6 and summary["ranks"] == 1 and summary["evaluation"]["validation/loss"] > 0
     assert summary["forward_backward_seconds"] > 0 and summary["cost"]["project"]["seconds"] > 0
 
@@ -83,7 +83,7 @@ def test_export_equals_the_weighted_sum(finished_run: Path, text: TrainedCandida
     for name, value in expected.items():
         torch.testing.assert_close(exported[name].double(), value, rtol=1e-6, atol=1e-7)
     assert (
-        state_of(finished_run)["twa"]["coefficients"] - 1 / material.N
+        state_of(finished_run)["twa"]["coefficients"] - 1 / small_runs.N
     ).abs().max() > 0.02  # the directory has moved
 
 
@@ -111,8 +111,8 @@ def test_the_coefficients_are_recorded(finished_run: Path) -> None:
     actual = [line for line in lines(finished_run) if "coefficients/0" in line]
     assert [line["step"] for line in actual if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in actual if "distance" in line] == [0, 2, 4, 6]
-    assert actual[0]["distance"] == 0 and actual[0]["effective_candidates"] == pytest.approx(material.N)
-    for i in range(material.N):
+    assert actual[0]["distance"] == 0 and actual[0]["effective_candidates"] == pytest.approx(small_runs.N)
+    for i in range(small_runs.N):
         assert float(last[i].min()) <= actual[-1][f"coefficients/{i}"] <= float(last[i].max())
     summary = json.loads((finished_run / "summary.json").read_text())
     step = summary["exported_step"]
@@ -237,7 +237,7 @@ def test_engines_ranks_and_micro_batches_make_no_difference(
     assert len({json.dumps(summary["evaluation"]) for summary in summaries}) == 1
     if engine != "plain":
         total = sum(value.nbytes for value in single_rank.values())
-        assert sum(summaries[0]["bytes_read_per_rank"]) == material.N * total
+        assert sum(summaries[0]["bytes_read_per_rank"]) == small_runs.N * total
     exported = load(tmp_path / "average")
     for name, value in single_rank.items():
         assert float((exported[name] - value).norm()) <= 2e-6 * float(value.norm()), name

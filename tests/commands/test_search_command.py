@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import as_launched, load, run_here, settings
+from tests.commands.small_runs import as_launched, load, run_here, settings
 from tests.commands.test_keep import candidates, measured_by_hand
 from tests.pool import Pool
 from tests.sums import averaged

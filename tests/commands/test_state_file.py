@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import load, run_here, settings
+from tests.commands.small_runs import load, run_here, settings
 from tests.limits import files_up_to
 from twa_scale.average.state import PREVIOUS, STATE, load_state, save_state
 from twa_scale.errors import OutputError, StateError

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import load, run_here, settings, state_of
+from tests.commands.small_runs import load, run_here, settings, state_of
 from tests.commands.test_resume import lines
 from tests.pool import Pool
 from twa_scale.run.stopping import SIGNALS, STOPPED, Stop, Stopped
@@ -135,7 +135,7 @@ def test_output_of_another_run_is_not_continued(scores: TrainedCandidates, tmp_p
             life(
                 TrainedCandidates({}, scores.candidates),
                 tmp_path,
-                {"name": "tests.commands.material:scores", "die_at": 1},
+                {"name": "tests.commands.small_runs:scores", "die_at": 1},
                 resume=False,
             )
         )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import typer.main
 from typer.testing import CliRunner
 
-from tests.docs import material
+from tests.docs import block_inputs
 from tests.docs.blocks import PAGES, ROOT, Block, blocks_of, commands_of
 from twa_scale.cli import app
 from twa_scale.config import load_config
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return an empty working directory with the candidates, from which Python can import."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    material.write_candidates(tmp_path / "runs/a")
+    block_inputs.write_candidates(tmp_path / "runs/a")
     for name in ("configs", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
     yield tmp_path
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_of_a_page_run(page: Path, folder: Path) -> None:
-    names = material.names()
+    names = block_inputs.names()
     for block in blocks_of(page):
         if block.language not in CHECKED or block.kind in ("not run", "run by"):
             continue
@@ -57,7 +57,7 @@ def run_python(block: Block, names: dict[str, Any], folder: Path) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     if hasattr(names.get("twa"), "close"):
         names.pop("twa").close()
-    names["model"] = material.Model()
+    names["model"] = block_inputs.Model()
     if block.kind == "run":
         exec(block.detail, names)
     exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)

@@ -44,7 +44,7 @@ def filled(config: TwaConfig, spans: list[Span], buffer: int, n: int = N) -> tup
         values = torch.randn(n, len(span), generator=generator)
         for each in (store, inner):
             fill(each, span, values)
-        rows, center = inner.held(span)
+        rows, center = inner.rows_and_center(span)
         resident.append((rows.over([t.cuda() for t in rows.tensors]), center.cuda()))
     return store, resident
 
@@ -269,7 +269,7 @@ def test_combining_during_the_forward_pass_changes_no_bit(nccl: None, store_devi
                 twa.step()
                 twa.zero_grad()
                 busy(late)
-            twa.settle()
+            twa.write_deferred()
 
         steps(late=20)
         with torch.no_grad(), twa.weights("last"):

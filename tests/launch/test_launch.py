@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from tests.commands import material
+from tests.commands import small_runs
 from tests.commands.conftest import CommandResult, TrainedCandidates, shell
-from tests.commands.material import load, run_here, settings
+from tests.commands.small_runs import load, run_here, settings
 from twa_scale.tools.launch import Launch, shown
 
 __all__ = ["shell"]  # the fixture
@@ -34,7 +34,7 @@ MPI = {
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     return TrainedCandidates(
-        material.SCORES, material.train_candidates(material.SCORES, tmp_path_factory.mktemp("scores"))
+        small_runs.SCORES, small_runs.train_candidates(small_runs.SCORES, tmp_path_factory.mktemp("scores"))
     )
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.victims import TargetProcess
-from tests.launch.missing import run
+from tests.chaos.target_process import TargetProcess
+from tests.launch.missing_rank import run
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "OMP_NUM_THREADS": "1"}
 

@@ -15,7 +15,7 @@ import twa_scale
 from tests import flattened, meshes, models
 from tests.grid import rest_slow
 from tests.pool import Pool
-from tests.ranks import cases, test_together
+from tests.ranks import cases, test_script_features
 from twa_scale import Snapshots
 
 UNITS = {"root": "embed.weight", "first": "blocks.0.qkv.weight", "second": "blocks.1.qkv.weight"}
@@ -33,7 +33,7 @@ def build(mode: str) -> Any:
         for part in model.blocks:
             fully_shard(part, reshard_after_forward=mode == "resharded")
         return fully_shard(model, reshard_after_forward=mode == "resharded", ignored_params=scalars)
-    before, after = test_together.CHANGES.get(mode, (test_together.same, test_together.same))
+    before, after = test_script_features.CHANGES.get(mode, (test_script_features.same, test_script_features.same))
     model = after(models.wrap(before(model), "fsdp2"))
     if mode == "prefetched":
         model.set_modules_to_forward_prefetch([model.blocks[0], model.blocks[1]])
@@ -94,8 +94,8 @@ def train(mode: str, combine: str, out: Path) -> dict[str, Any]:
     model.load_state_dict(kept)
     seen["given"] = own_loss(model, 20).item()
     step(18)
-    twa.settle()
-    seen["settled"] = cases.gathered(model)
+    twa.write_deferred()
+    seen["deferred written"] = cases.gathered(model)
     step(19)
     twa.close()
     seen["closed"] = cases.gathered(model)

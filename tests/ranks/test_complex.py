@@ -118,7 +118,7 @@ def train(engine: str, store: str, combine: str = "step") -> dict[str, Tensor]:
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
         model(x).square().mean().backward()
         twa.step()
-    twa.settle()
+    twa.write_deferred()
     actual = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in inner.state_dict().items()}
     return {"coefficients": twa.coefficients, **{name: value.clone() for name, value in actual.items()}}
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests import models
-from tests.commands.material import SCORES, run_here, settings
+from tests.commands.small_runs import SCORES, run_here, settings
 from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases

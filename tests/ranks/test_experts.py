@@ -142,7 +142,7 @@ def train(engine: str, config: dict[str, Any], paths: list[Path]) -> tuple[dict[
             loss(model, data).backward()
         twa.step()
         twa.zero_grad()
-    twa.settle()
+    twa.write_deferred()
     result = cases.gathered(model), twa.coefficients.clone(), list(twa.layout.groups), twa.bytes_read
     with twa.weights("last"):
         last = states()[-1]

@@ -219,7 +219,7 @@ def train_narrow(engine: str) -> tuple[dict[str, Tensor], int]:
     elif engine == "fsdp2":
         fully_shard(model)
     elif engine in flattened.ENGINES:
-        model = flattened.hold(model, engine)
+        model = flattened.wrap_module(model, engine)
     elif engine in zero.ENGINES:
         model = zero.wrap(model, engine)
     twa = twa_scale.attach(model, candidates=narrow_candidates(), config={"groups": "tensor"})

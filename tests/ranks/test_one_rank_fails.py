@@ -17,7 +17,7 @@ import twa_scale
 from tests import models
 from tests.commands.conftest import TrainedCandidates
 from tests.commands.conftest import scores as scores
-from tests.commands.material import Scores, run_here, settings
+from tests.commands.small_runs import Scores, run_here, settings
 from tests.old_torch import OLD
 from tests.pool import Pool
 from tests.ranks import cases

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import twa_scale
 from tests import models
 from tests.pool import Pool
-from tests.ranks import cases, test_together
+from tests.ranks import cases, test_script_features
 from tests.unit.test_snapshots import assert_same
 from twa_scale import EngineError
 from twa_scale.engines import Engine
@@ -33,8 +33,8 @@ def shown() -> Any:
 def train(out: Path) -> Any:
     model = models.build(seed=99)
     engine = shown()(model)
-    twa = twa_scale.attach(engine, models.candidates(), test_together.RUN.config)
-    for step in range(test_together.RUN.steps):
+    twa = twa_scale.attach(engine, models.candidates(), test_script_features.RUN.config)
+    for step in range(test_script_features.RUN.steps):
         cases.one_step(model, twa, step)
     Snapshots(out, every_n_steps=1).save(engine, 1)
     return cases.gathered(model), twa.coefficients, twa.store_bytes
@@ -42,7 +42,7 @@ def train(out: Path) -> Any:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_training_matches_the_reference(ranks: Pool, tmp_path: Path, size: int) -> None:
-    expected = test_together.expected("nothing", size, ()).weights[-1]
+    expected = test_script_features.expected("nothing", size, ()).weights[-1]
     results = ranks(train, size, out=tmp_path)
     for weights, a, _ in results:
         assert torch.equal(a, results[0][1])

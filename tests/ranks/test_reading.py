@@ -45,7 +45,7 @@ def attach_wide(engine: str, paths: list[Path]) -> tuple[int, int]:
     elif engine == "fsdp2":
         fully_shard(model)
     elif engine in flattened.ENGINES:
-        model = flattened.hold(model, engine)
+        model = flattened.wrap_module(model, engine)
     torch.manual_seed(0)  # replicas must have the same candidates
     twa_scale.attach(nn.Linear(2, 2), candidates=[nn.Linear(2, 2).state_dict()] * 2)  # imports read files, too
     before = kernel_count()

@@ -261,7 +261,7 @@ def allocations_of_rows(directory: Path) -> dict[str, int]:
     twa = twa_scale.attach(model, states, {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.1}})
     model(torch.ones(1, 4)).square().sum().backward()
     twa.step()
-    actual = {"rows of this rank": twa.held().rows.nbytes}  # type: ignore[union-attr]
+    actual = {"rows of this rank": twa.copy_values().rows.nbytes}  # type: ignore[union-attr]
     written: list[int] = []
     write = OpenFile.write
 

@@ -47,7 +47,7 @@ def average(name: str, engine: str, paths: list[Path], out: Path) -> int:
     elif engine == "ddp":
         model = DistributedDataParallel(model)
     elif engine in flattened.ENGINES:
-        model = flattened.hold(model, engine)
+        model = flattened.wrap_module(model, engine)
     average = twa_scale.attach(model, paths, {"center": 0})
     read = average.bytes_read
     average.export(out / "export")

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from tests import traffic
-from tests.commands.material import settings, train_candidates
+from tests.commands.small_runs import settings, train_candidates
 from tests.pool import Pool
 from tests.traffic import Call
 from twa_scale.config import RunConfig, validated

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from tests.commands import material
+from tests.commands import small_runs
 from tests.commands.conftest import TrainedCandidates
 from tests.slurm.cluster import PACKAGES, Cluster, missing_programs
 
@@ -93,4 +93,4 @@ def submit(slurm: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 @pytest.fixture(scope="session")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> TrainedCandidates:
     directory = tmp_path_factory.mktemp("scores")
-    return TrainedCandidates(material.SCORES, material.train_candidates(material.SCORES, directory))
+    return TrainedCandidates(small_runs.SCORES, small_runs.train_candidates(small_runs.SCORES, directory))

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.commands.conftest import TrainedCandidates
-from tests.commands.material import by_hand, load, run_here, settings, state_of
+from tests.commands.small_runs import by_hand, load, run_here, settings, state_of
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ENDED, ROOT, SCRIPT, Job, with_python
 

@@ -15,7 +15,7 @@ from twa_scale.base.names import group_names
 from twa_scale.engines.parameters import named_parameters
 from twa_scale.engines.stacked_experts import stacked_experts
 from twa_scale.integrations.averaging import Averaging
-from twa_scale.tools.report.material import read
+from twa_scale.tools.report.run_data import read
 
 pytestmark = pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
 E = EXPERTS

@@ -31,7 +31,7 @@ def records(directory: Path, step: int = 0, **options: Any) -> Records:
 
 
 def settings(output: Path, *names: str) -> RunConfig:
-    task = {"name": "tests.commands.material:half_a_task"}
+    task = {"name": "tests.commands.small_runs:half_a_task"}
     inputs = {"candidates": "none", "output": str(output), "task": task, "steps": 1}
     return validated(RunConfig, inputs | {"report_to": list(names)})
 

@@ -163,7 +163,7 @@ def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
     data = task.dataset("train")
     task.loss(model, stack([data[0]])).backward()
     twa.step()
-    best = twa.held()
+    best = twa.copy_values()
     assert best.rows is not None
     stored, place = best.rows.nbytes, twa.state_dict(tmp_path, best=best)["rows"]["stored"]["directory"]
     content = (tmp_path / place / "rows.safetensors").read_bytes()
@@ -280,7 +280,7 @@ AVERAGES = {
 
 def test_running_averages_are_planned_before_there_are_candidates(tmp_path: Path) -> None:
     """The bytes that averages of the same model use, and half of them on each of two ranks."""
-    from tests.commands.material import TEXT
+    from tests.commands.small_runs import TEXT
 
     config = tmp_path / "run.json"
     config.write_text(

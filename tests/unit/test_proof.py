@@ -20,7 +20,6 @@ import pytest
 import torch
 from torch import nn
 
-from examples.once import make_once
 from examples.proof import run
 from examples.proof.cost import Cost, measured
 from examples.proof.detection.task import Detection
@@ -28,7 +27,6 @@ from examples.proof.extrapolated import bema, extra_merge
 from examples.proof.images.clothes import Clothes
 from examples.proof.images.network import shifted
 from examples.proof.images.task import Images
-from examples.proof.kept import keep, kept_rows
 from examples.proof.language.task import Language
 from examples.proof.language.texts import PIECE, write_texts
 from examples.proof.packages import members
@@ -37,11 +35,13 @@ from examples.proof.parts import Part, Row, Rows, check_rows, run_parts, slug
 from examples.proof.significance import difference
 from examples.proof.soup.halves import write_halves
 from examples.proof.soup.task import Soup
+from examples.proof.stored_rows import keep, kept_rows
 from examples.proof.table import tables
 from examples.proof.trunk import Trunk
 from examples.proof.trunk_methods import branch, selection
 from examples.proof.vit.task import Vit
 from examples.proof.work import read_settings
+from examples.shared_directory import make_once
 from examples.soup.finetune import random_batches
 from examples.training import Training
 from twa_scale import RunningAverages

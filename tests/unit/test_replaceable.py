@@ -60,7 +60,7 @@ WRITERS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def held(out: Path) -> dict[str, bytes | None]:
+def contents(out: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(out)): path.read_bytes() if path.is_file() else None for path in out.rglob("*")}
 
 
@@ -114,11 +114,11 @@ def test_foreign_files_are_kept(tmp_path: Path, foreign: str) -> None:
     out = tmp_path / "out"
     average(tmp_path, out)
     make(out)
-    before = held(out)
+    before = contents(out)
     with pytest.raises(OutputError, match="would be lost") as error:
         average(tmp_path, out)
     assert messages in str(error.value) and str(out) in str(error.value)
-    assert held(out) == before and sorted(os.listdir(tmp_path)) == ["candidates", "out"]  # noqa: PTH208
+    assert contents(out) == before and sorted(os.listdir(tmp_path)) == ["candidates", "out"]  # noqa: PTH208
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -147,7 +147,7 @@ def test_files_that_appear_during_writing_are_kept(tmp_path: Path, overwrite: bo
     ):
         writer.write(whole_tensor("a", (1,)), torch.ones(1))
         touch("optimizer.pt")(out)
-    assert held(out) == {"optimizer.pt": b"precious"} and list(tmp_path.iterdir()) == [out]
+    assert contents(out) == {"optimizer.pt": b"precious"} and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -35,7 +35,7 @@ def train(twa: TrainableAverage) -> None:
 
 def save(twa: TrainableAverage, output: Path, step: int, *, whole: bool = False) -> None:
     """Save as a run does, with the best average, that of the last save."""
-    content = twa.held()
+    content = twa.copy_values()
     kept = {"step": 0, "data": {"metric": "loss"}, "metrics": {"loss": 1.0}, "x": content.x}
     kept |= {"coefficients": content.coefficients, "buffers": {}}
     state = twa.state_dict() if whole else twa.state_dict(output, best=content)
@@ -190,4 +190,4 @@ def test_a_state_with_all_rows_in_it_is_still_read(twa: TrainableAverage, tmp_pa
     second.load_state_dict(state.twa.model_dump())
     for instance in (twa, second):
         train(instance)
-    assert torch.equal(twa.held().rows, second.held().rows)  # type: ignore[arg-type]
+    assert torch.equal(twa.copy_values().rows, second.copy_values().rows)  # type: ignore[arg-type]

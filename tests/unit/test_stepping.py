@@ -201,7 +201,7 @@ USES: dict[str, Callable[[TrainableAverage], object]] = {
     "optimizer.zero_grad": lambda twa: twa.optimizer.zero_grad(),
     "optimizer.state_dict": lambda twa: twa.optimizer.state_dict(),
     "zero_grad": lambda twa: twa.zero_grad(),
-    "settle": lambda twa: twa.settle(),
+    "write_deferred": lambda twa: twa.write_deferred(),
     "weights": lambda twa: twa.weights("mean"),
     "recalibrate_batchnorm": lambda twa: twa.recalibrate_batchnorm([]),
     "export": lambda twa: twa.export("never-written"),
@@ -213,7 +213,7 @@ USES: dict[str, Callable[[TrainableAverage], object]] = {
     "row_corrections": lambda twa: twa.row_corrections(),
     "start_from": lambda twa: twa.start_from("last"),
     "set_lr": lambda twa: twa.set_lr(0.1),
-    "remember": lambda twa: twa.remember(),
+    "save_in_memory": lambda twa: twa.save_in_memory(),
     "together": lambda twa: twa.together(None),
     "distance": lambda twa: twa.distance(),
 }

@@ -141,7 +141,7 @@ class TrainableAverage(Stateful):
         return self.optimizer
 
     @while_open
-    def settle(self) -> None:
+    def write_deferred(self) -> None:
         """Write the weights that a step has deferred to the next forward pass (`combine: forward`). Not collective.
 
         Call it before you read parameters directly. Forward passes, the methods of this class and `state_dict` of the
@@ -191,7 +191,7 @@ class TrainableAverage(Stateful):
         Returns the number of batches over all ranks. See `batchnorm.recalibrate` for the arguments.
         """
         engine = self._engine
-        self.settle()
+        self.write_deferred()
         count = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward)
         engine.publish(())
         return count
@@ -212,7 +212,7 @@ class TrainableAverage(Stateful):
         `format` is "hf" (safetensors), "pt" (torch.save), "dcp" (torch.distributed.checkpoint) or "same" (the format of
         the last candidate, with the state of its training). See `export.export` for the other arguments and errors.
         """
-        self.settle()
+        self.write_deferred()
         change = self._weights.change()
         written_as = None if dtype is None else str(dtype).removeprefix("torch.")
         export(
@@ -298,7 +298,7 @@ class TrainableAverage(Stateful):
             raise TwaError("close() inside weights(): the model would keep those; leave it first.")
         try:
             if not self.lost:
-                self.settle()
+                self.write_deferred()
         finally:  # also when the weights cannot be written
             self.closed = True
             self._engine.close()

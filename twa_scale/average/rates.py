@@ -71,7 +71,7 @@ def choose_rate(
                 "after choose_rate; `train` may create one for each trial."
             )
     require_same_settings(average.pods, {"rates": chosen, "higher_is_better": higher_is_better})
-    restore = average.remember()
+    restore = average.save_in_memory()
     tried = [TriedRate(rate, _score_of(average, rate, train, score, restore)) for rate in chosen]
     finite = [trial for trial in tried if isfinite(trial.score)]
     if not finite:

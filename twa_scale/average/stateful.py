@@ -9,7 +9,7 @@ import torch
 from twa_scale.average import batchnorm
 from twa_scale.average.closing import while_open
 from twa_scale.average.observed import Observed
-from twa_scale.average.remembered import save_in_memory
+from twa_scale.average.save_in_memory import save_in_memory
 from twa_scale.average.state import KeptState, RowsState, require_same_state, require_stored_rows
 from twa_scale.average.step import CoefficientStep
 from twa_scale.average.step_optimizer import AverageOptimizer
@@ -17,7 +17,7 @@ from twa_scale.base.notices import notice
 from twa_scale.errors import StateError, TwaError
 
 
-class Held(NamedTuple):
+class AverageValues(NamedTuple):
     """An average of the candidates, in the memory of this rank."""
 
     x: torch.Tensor
@@ -37,14 +37,14 @@ class Stateful(Observed):
     _step: CoefficientStep
 
     @while_open
-    def remember(self) -> Callable[[], None]:
+    def save_in_memory(self) -> Callable[[], None]:
         """Return a function that restores the current coefficients, moments, learning rate and buffers. Not collective.
 
         The function is collective. It holds copies of the values of this rank: kilobytes, and with `groups: tensor+row`
         the corrections and the moments of this rank's rows.
         """
         if self._swapped:
-            raise TwaError("remember() inside weights(): leave it first.")
+            raise TwaError("save_in_memory() inside weights(): leave it first.")
         restore, config = save_in_memory(self._engine, self._written, self.optimizer), self.config
 
         def back() -> None:
@@ -55,7 +55,7 @@ class Stateful(Observed):
         return back
 
     @while_open
-    def state_dict(self, directory: str | Path | None = None, *, best: Held | None = None) -> dict[str, Any]:
+    def state_dict(self, directory: str | Path | None = None, *, best: AverageValues | None = None) -> dict[str, Any]:
         """Return the state that `load_state_dict` continues from, with any engine and number of ranks.
 
         It takes kilobytes and is equal on every rank, except for BatchNorm statistics that differ between ranks. With
@@ -117,14 +117,14 @@ class Stateful(Observed):
             notice(f"optimizer.lr is {loaded:g}, that of the loaded state; before, it was {attached:g}.")
 
     @while_open
-    def held(self) -> Held:
+    def copy_values(self) -> AverageValues:
         """Return copies of the coefficients, of the corrections of this rank's rows and of the BatchNorm statistics."""
         statistics = {name: buffer.detach().cpu().clone() for name, buffer in self._statistics().items()}
         x, rows = self._written.saved()
-        return Held(x.cpu(), self.coefficients.cpu(), rows, statistics)
+        return AverageValues(x.cpu(), self.coefficients.cpu(), rows, statistics)
 
     @while_open
-    def held_in(self, kept: KeptState, rows: RowsState | None, directory: Path) -> Held:
+    def values_in_state(self, kept: KeptState, rows: RowsState | None, directory: Path) -> AverageValues:
         """Return the best average of the state of a run, with the rows of this rank. Collective.
 
         Args:
@@ -137,12 +137,12 @@ class Stateful(Observed):
         """
         with self.pods.agree():
             local_rows = None if self._rows is None or rows is None else self._rows.local(rows, directory)
-        return Held(kept.x, kept.coefficients, local_rows, kept.buffers)
+        return AverageValues(kept.x, kept.coefficients, local_rows, kept.buffers)
 
     @while_open
-    def hold(self, held: Held) -> None:
+    def set_values(self, values: AverageValues) -> None:
         """Set the coefficients, the corrections of rows and the statistics, and write the weights. Collective."""
-        self._set(held.x, held.rows, held.buffers)
+        self._set(values.x, values.rows, values.buffers)
 
     def _set(self, x: torch.Tensor, rows: torch.Tensor | None, buffers: Mapping[str, torch.Tensor]) -> None:
         self._written.set(x, rows)

@@ -7,7 +7,6 @@ from twa_scale.base.inputs import named_errors
 from twa_scale.base.notices import notice
 from twa_scale.base.urls import Url
 from twa_scale.candidates.adapters import in_space
-from twa_scale.candidates.alike import require_same_tensors
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.complex_tensors import in_pairs
 from twa_scale.candidates.directory import INDEX, LOADERS, is_shard, is_torch, sharded_in, weights_in
@@ -23,6 +22,7 @@ from twa_scale.candidates.formats.torch_file import TorchFileCandidate
 from twa_scale.candidates.not_found import refusal
 from twa_scale.candidates.other_formats import named_format
 from twa_scale.candidates.remote import open_url
+from twa_scale.candidates.same_tensors import require_same_tensors
 from twa_scale.candidates.select import ALL, Wanted, select
 from twa_scale.candidates.view import View
 from twa_scale.candidates.weights_key import WeightsKey

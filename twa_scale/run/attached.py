@@ -181,7 +181,7 @@ class AttachedRun:
 
         They are computed on each `every`-th batch of the evaluation.
         """
-        self.twa.settle()  # so that only training steps measure the time of waiting for weights
+        self.twa.write_deferred()  # so that only training steps measure the time of waiting for weights
         if recalibrate:
             self.recalibrate()
         with self.engine.autocast(self.device):

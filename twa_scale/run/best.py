@@ -6,7 +6,7 @@ from pathlib import Path
 
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.state import KeptState, RunState
-from twa_scale.average.stateful import Held
+from twa_scale.average.stateful import AverageValues
 from twa_scale.config import RunConfig
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import Task
@@ -37,7 +37,7 @@ class BestAverage:
         self.data = {"split": config.evaluate_split, "batches": config.evaluate_batches, "metric": self.metric}
         self.best: KeptState | None = None
         """The best average, without the corrections of rows."""
-        self.held: Held | None = None
+        self.values: AverageValues | None = None
         """The best average, with the corrections of this rank's rows."""
 
     def restore(self, state: RunState, average: TrainableAverage, directory: Path) -> bool:
@@ -52,9 +52,9 @@ class BestAverage:
             StateError: the file of the corrections of rows cannot be read; on every rank.
         """
         saved = state.kept
-        self.best = self.held = None
+        self.best = self.values = None
         if saved and saved.data == self.data:
-            self.held = average.held_in(saved, state.kept_rows, directory)
+            self.values = average.values_in_state(saved, state.kept_rows, directory)
             self.best = saved.model_copy(update={"row_values": {}})
         return (saved is None) == (self.best is None)
 
@@ -84,13 +84,13 @@ class BestAverage:
         """
         if not isfinite(self.value(metrics)) or (self.best and not self.better(metrics, self.best.metrics)):
             return
-        self.held = average.held()
+        self.values = average.copy_values()
         self.best = KeptState(
             step=step,
             data=self.data,
             metrics={name: value for name, value in metrics.items() if isfinite(value)},
-            x=self.held.x,
-            coefficients=self.held.coefficients,
-            buffers=self.held.buffers,
+            x=self.values.x,
+            coefficients=self.values.coefficients,
+            buffers=self.values.buffers,
             trial_lr=trial_lr,
         )

@@ -289,8 +289,8 @@ class Run(AttachedRun):
         best = self.kept.best
         if self.config.keep == "last" or best is None or best.step == self.step:
             return trained
-        assert self.kept.held is not None
-        self.twa.hold(self.kept.held)
+        assert self.kept.values is not None
+        self.twa.set_values(self.kept.values)
         self.recalibrate()
         return dict(best.metrics)
 
@@ -326,7 +326,7 @@ class Run(AttachedRun):
     def _save(self) -> dict[str, Any]:
         best = self.kept.best
         state = {
-            "twa": self.twa.state_dict(self.output, best=self.kept.held),
+            "twa": self.twa.state_dict(self.output, best=self.kept.values),
             "keep": self.config.keep,
             "kept": best and best.model_dump(),
             "rate": self.rate and self.rate.model_dump(),

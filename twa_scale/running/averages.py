@@ -23,7 +23,6 @@ from twa_scale.output.publish import target_of
 from twa_scale.ranks import Pods, require_same_settings
 from twa_scale.running import checkpoint, saving, state_file
 from twa_scale.running.ema import Ema
-from twa_scale.running.intact import Intact
 from twa_scale.running.learned import Learned
 from twa_scale.running.learning import carried_files, learn, require_snapshots, settings_for
 from twa_scale.running.named import mixture, names, origin
@@ -34,6 +33,7 @@ from twa_scale.running.settings import Ema as EmaOption
 from twa_scale.running.settings import Window as WindowOption
 from twa_scale.running.settings import ema_settings, is_due, window_settings
 from twa_scale.running.showing import Showing
+from twa_scale.running.validity import Validity
 from twa_scale.running.window import Window
 
 
@@ -99,7 +99,7 @@ class RunningAverages:
         self._showing = Showing(self._engine, self.pods, self._parameters, self._ema, self._window, held_on)
         self._learned = Learned(self._engine, self._showing, self._recount)
         self._repeats = Repeats()
-        self._intact = Intact()
+        self._validity = Validity()
         self._saved_versions: list[int] = []
         self._parameters.report_wrapper()
 
@@ -154,10 +154,10 @@ class RunningAverages:
 
     def _update(self, step: int, ema: Ema | None, window: Window | None) -> None:
         """Update the averages that are due at `step`. An error before the first write leaves all averages unchanged."""
-        self._intact.require()
+        self._validity.require()
         versions, live = self._parameters.versions(), self._parameters.live()
         buffers = self._parameters.buffers() if window or (ema and ema.settings.use_buffers) else {}
-        with self._intact.writing():
+        with self._validity.writing():
             if ema:
                 ema.update(live, buffers)
             if window:
@@ -187,7 +187,7 @@ class RunningAverages:
         """
         if self._learned:
             self._require_own_weights("weights()")
-        with self._showing.weights(which, self._intact.require):
+        with self._showing.weights(which, self._validity.require):
             yield
 
     def has(self, which: Which) -> bool:
@@ -256,7 +256,7 @@ class RunningAverages:
         """
         with self.pods.agree():
             self._require_own_weights("learn()")
-            self._intact.require()
+            self._validity.require()
             self._parameters.versions()
             self._parameters.report_newly_trained()
             window = require_snapshots(self._window)
@@ -316,7 +316,7 @@ class RunningAverages:
             ConfigError, OutputError, TwaError: on every rank.
         """
         with self.pods.agree():
-            self._intact.require()
+            self._validity.require()
             self._parameters.buffers()
             window = saving.checked(self._window, dtype, files or {}, max_shard_size)
         return saving.save(self._engine, self.pods, window, directory, dtype, files or {}, max_shard_size)
@@ -328,7 +328,7 @@ class RunningAverages:
         are DTensors: give this object to torch.distributed.checkpoint, which saves the tensors of all ranks and
         reshards exponential averages.
         """
-        self._intact.report()
+        self._validity.report()
         state = self._state()
         self._saved_versions = checkpoint.versions(state)
         return state
@@ -348,11 +348,11 @@ class RunningAverages:
         except StateError:
             own_state = self._state()
             if checkpoint.is_live(state, own_state) and checkpoint.versions(own_state) != self._saved_versions:
-                self._intact.overwritten()
+                self._validity.overwritten()
             raise
         self._step = checkpoint.load(state, self._engine, self._ema, self._window)
         self._recount()
-        self._intact.restored()
+        self._validity.restored()
 
     def save_state(self, directory: str | Path) -> None:
         """Write the state of each rank to a separate file in `directory`, `averages-00000-of-00008.pt`. Collective.
@@ -361,7 +361,7 @@ class RunningAverages:
             OutputError, TwaError: on every rank.
         """
         with self.pods.agree():
-            self._intact.require()
+            self._validity.require()
             state_file.write_file(self._state(), target_of(directory), self.pods.rank, self.pods.size)
 
     def load_state(self, directory: str | Path) -> bool:
@@ -382,7 +382,7 @@ class RunningAverages:
         refuse_copies("a RunningAverages")
 
     def _state(self) -> dict[str, Any]:
-        return checkpoint.state_of(self._engine, self._step, self._ema, self._window, self._intact.why_not)
+        return checkpoint.state_of(self._engine, self._step, self._ema, self._window, self._validity.why_not)
 
     def _recount(self) -> None:
         """Continue from the number of steps that the library of the engine has counted, if it counts them."""

@@ -52,7 +52,7 @@ def state_of(engine: Engine, step: int, ema: Ema | None, window: Window | None, 
         state["ema_updates"] = torch.tensor(ema.updates)
         state["ema"] = {
             name: {"weights": _by_key(engine, average), "buffers": dict(buffers)}
-            for name, average, buffers in zip(ema.held, ema.averages, ema.buffers, strict=True)
+            for name, average, buffers in zip(ema.stored_names, ema.averages, ema.buffers, strict=True)
         }
     if window:
         state["window"] = _window_state(engine, window)
@@ -60,7 +60,7 @@ def state_of(engine: Engine, step: int, ema: Ema | None, window: Window | None, 
 
 
 def _window_state(engine: Engine, window: Window) -> State:
-    keep, stored = window.settings.keep, {span: window.held(span) for span in window.spans}
+    keep, stored = window.settings.keep, {span: window.rows_and_base(span) for span in window.spans}
     return {
         "steps": _padded(window.steps, keep),
         "order": _padded(window.order, keep - 1),
@@ -221,7 +221,7 @@ def _require_finite(window_state: Mapping[str, Any], window: Window) -> None:
     if not window.spans or not bool(torch.isfinite(window_state["errors"][_errors_key(window)]).all()):
         return
     for span in window.spans:
-        rows, _ = window.held(span)
+        rows, _ = window.rows_and_base(span)
         norms = rows.over([window_state["rows"][_row_key(span, i)] for i in range(len(rows.tensors))])
         scales = [tile[-1][:, order] for tile in norms.tiles(0, rows.count)]  # or dense values
         if not all(bool(torch.isfinite(part).all()) for part in scales):

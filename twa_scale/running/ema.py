@@ -36,11 +36,12 @@ class Ema:
     ) -> None:
         self.settings = settings
         self.names = tuple(settings.names())
-        self.held = settings.held()
+        self.stored_names = settings.stored_names()
         """The names of `averages`, which start with `names`."""
         self.updates = 0
         self.averages: list[dict[Span, torch.Tensor]] = [
-            {span: allocate(len(span), averaging_dtype(values)) for span, values in live.items()} for _ in self.held
+            {span: allocate(len(span), averaging_dtype(values)) for span, values in live.items()}
+            for _ in self.stored_names
         ]
         """The values of each average, by span: float32, or float64 for weights in float64."""
         averaged: Mapping[str, torch.Tensor] = buffers if settings.use_buffers else {}
@@ -48,7 +49,7 @@ class Ema:
             {name: allocate(buffer.numel(), buffer.dtype).view(buffer.shape) for name, buffer in averaged.items()}
             if average in self.names
             else {}
-            for average in self.held
+            for average in self.stored_names
         ]
         """The buffers of each average, by name, in the types of the model."""
 

@@ -80,7 +80,7 @@ class Learned:
         Raises:
             TwaError: the ranks can no longer restore the weights together.
         """
-        if self._showing or not self._showing.held:
+        if self._showing or not self._showing.has_copy:
             return
         if self._showing.lost:
             raise TwaError(self._showing.lost)

@@ -90,7 +90,7 @@ class EmaSettings(Section):
         if self.bema:
             yield BEMA
 
-    def held(self) -> tuple[str, ...]:
+    def stored_names(self) -> tuple[str, ...]:
         """Return the names of all values that are held: those of `names`, and those that BEMA needs."""
         return (*self.names(), *(BEMA_NAMES if self.bema else ()))
 

@@ -63,9 +63,9 @@ class Showing:
         return self._shown.lost
 
     @property
-    def held(self) -> bool:
+    def has_copy(self) -> bool:
         """Whether there is a copy of the trained weights."""
-        return self._trained.held
+        return self._trained.has_copy
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +88,7 @@ class Showing:
 
     def keep(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Copy the trained weights and these buffers, on all ranks or on none. Does nothing if there is a copy."""
-        if self._trained.held:
+        if self._trained.has_copy:
             return
         try:
             with self._pods.agree():

@@ -21,7 +21,7 @@ class Trained:
         self._buffers: dict[str, torch.Tensor] = {}
 
     @property
-    def held(self) -> bool:
+    def has_copy(self) -> bool:
         """Whether there is a copy."""
         return self._is_kept
 

@@ -86,7 +86,7 @@ class Window:
         """The spans that are held."""
         return list(self._rows_of_span)
 
-    def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
+    def rows_and_base(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
         """Return the rows and the base of a span, without a copy."""
         rows, base = self._rows_of_span[span]
         assert rows is not None and base is not None
@@ -109,7 +109,7 @@ class Window:
 
     def _begin(self, live: Mapping[Span, torch.Tensor]) -> None:
         for span, values in live.items():
-            base = self.held(span)[1]
+            base = self.rows_and_base(span)[1]
             base.copy_(values)
             self.errors[-1] += 0 * torch.linalg.vector_norm(base)  # NaN if the weights are not finite
 
@@ -148,7 +148,7 @@ class Window:
         return to_device(factors, self.store.device)
 
     def _pieces(self, span: Span) -> Iterator[Piece]:
-        rows, base = self.held(span)
+        rows, base = self.rows_and_base(span)
         size = _CPU_PIECE if base.device.type == "cpu" else _GPU_PIECE
         run = rows.run * rows.tile
         step = rows.run * max(1, size // run)
@@ -183,7 +183,7 @@ class Window:
 
     def parts(self, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the base (k,) and the increments (n - 1, k) of a span in float32, k columns at a time."""
-        rows, base = self.held(span)
+        rows, base = self.rows_and_base(span)
         for start, part in widened(rows):
             values = part.transpose(0, 1).flatten(1)[self.order]
             low, high = max(start, 0), min(start + values.shape[1], len(base))

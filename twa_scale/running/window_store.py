@@ -32,7 +32,7 @@ class WindowStore:
         self._margins: dict[Span, tuple[int, int]] = {}
         tiles: dict[Span, tuple[Span, int, int]] = {}
         for span, parts in (span_parts or {}).items():
-            rows, _ = window.held(span)
+            rows, _ = window.rows_and_base(span)
             for start, part in parts if len(span) else ():
                 first, last = rows.tiles_of(start, start + len(part))
                 low, part_rows = rows.part(first, last)

@@ -55,7 +55,7 @@ class InMemoryStore:
         self._spans[span] = self._make(span), self._allocate(len(span), dtype=torch.float32, device=self.device)
         return Target(*self._spans[span], coding=self.coding)
 
-    def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
+    def rows_and_center(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
         """Return the rows of a span and its center (m,)."""
         return self._spans[span]
 

@@ -65,7 +65,7 @@ class OffloadedStore:
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span, on its device."""
-        total = gradient.new_zeros(self._inner.held(span)[0].n + 1, dtype=torch.float64)
+        total = gradient.new_zeros(self._inner.rows_and_center(span)[0].n + 1, dtype=torch.float64)
         for columns, rows, center in self._on_device(span, with_center):
             total += products(self._compute, rows, center, gradient[columns])
         return total
@@ -88,7 +88,7 @@ class OffloadedStore:
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
         """Yield columns, rows and center of pieces that fit into a buffer."""
-        rows, center = self._inner.held(span)
+        rows, center = self._inner.rows_and_center(span)
         return pieces(rows, center, self._buffer // (rows.tile_bytes + rows.tile * center.itemsize))
 
     def _on_device(self, span: Span, with_center: bool) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor | None]]:

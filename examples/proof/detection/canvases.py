@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from examples.once import make_once
 from examples.proof.images.data import read
+from examples.shared_directory import make_once
 
 Pixels = npt.NDArray[np.uint8]
 

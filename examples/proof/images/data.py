@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from examples.once import make_once
 from examples.proof.packages import members
+from examples.shared_directory import make_once
 
 PACKAGE = "dataset-fashion-mnist"
 HEADER = {"images": 16, "labels": 8}  # bytes of an IDX file before its values

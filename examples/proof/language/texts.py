@@ -9,8 +9,8 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from examples.once import make_once
 from examples.proof.packages import members, package_file
+from examples.shared_directory import make_once
 
 CONTEXT = 129  # bytes of an example: 128 that are read and one more that is predicted
 PIECE = 8 * CONTEXT  # bytes that a source gives to a held-out split

@@ -4,7 +4,7 @@ import csv
 from functools import partial
 from pathlib import Path
 
-from examples.once import make_once
+from examples.shared_directory import make_once
 
 NAMES = ("chosen-by.csv", "judged-by.csv")
 

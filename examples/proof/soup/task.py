@@ -14,7 +14,7 @@ from examples.proof.parts import Part, Row, slug
 from examples.proof.soup.halves import write_halves
 from examples.proof.work import Settings, Work, read_settings
 from examples.soup.finetune import finetune
-from examples.soup.material import unpack_model, write_splits
+from examples.soup.model_and_data import unpack_model, write_splits
 from twa_scale.config import RunConfig, load_config
 from twa_scale.run.tasks import Task, build_task
 

@@ -1,5 +1,5 @@
 """Search averages by a score that has no gradient, such as a benchmark. Start with `driver.py`."""
 
-from twa_scale.average.search.driver import Evaluation, Found, search
+from twa_scale.average.search.driver import Evaluation, SearchResult, search
 
-__all__ = ["Evaluation", "Found", "search"]
+__all__ = ["Evaluation", "SearchResult", "search"]

@@ -31,7 +31,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The evaluations of a search, in order, and the best one."""
 
     evaluations: list[Evaluation]
@@ -49,7 +49,7 @@ def search(
     seed: int = 0,
     record: str | Path | None = None,
     tried: Callable[[Evaluation], object] = lambda _: None,
-) -> Found:
+) -> SearchResult:
     """Evaluate averages of the candidates, and set `average` to the one with the best score. Collective.
 
     `sweep` evaluates the uniform averages of the last K candidates for every K, then exponential and `minus-sqrt`
@@ -108,7 +108,7 @@ def search(
         raise TwaError(f"search: none of {len(evaluations)} scores was a finite number.")
     best = min(finite, key=lambda evaluation: sign * evaluation.score)
     average.start_from(best.coefficients)
-    return Found(evaluations, best)
+    return SearchResult(evaluations, best)
 
 
 def _check(average: TrainableAverage, method: Method, budget: int, constraint: Constraint, seed: int) -> None:

@@ -109,7 +109,7 @@ class RowsFile:
         self._file.close()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def kept_open(self) -> Iterator[None]:
         """Keep the file open in a `with` block, so that it can be read even after it was removed."""
         with self._file.descriptor():
             yield

@@ -154,7 +154,7 @@ class RowsState(_Saved):
         if self.stored is None:
             yield self.values.__getitem__
             return
-        with RowsFile(directory / self.stored.directory) as file, file.held():
+        with RowsFile(directory / self.stored.directory) as file, file.kept_open():
             yield partial(file.of_tensor, self.stored.values)
 
 

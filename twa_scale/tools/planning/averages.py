@@ -51,7 +51,7 @@ def averages_bytes(config: RunConfig, ranks: int, settings: Mapping[str, Any]) -
         elements = sum(
             sizes[info.name] * averaging_dtype(torch.empty(0, dtype=info.dtype)).itemsize for info in trained
         )
-        result[f"exponential averages ({', '.join(ema.held())})"] = len(ema.held()) * elements
+        result[f"exponential averages ({', '.join(ema.stored_names())})"] = len(ema.stored_names()) * elements
         if ema.use_buffers:
             buffer_bytes = sum(prod(buffer.shape) * buffer.element_size() for buffer in buffers.values())
             result["their buffers, on the first rank"] = len(list(ema.names())) * buffer_bytes

@@ -130,7 +130,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             **engine.partition_bytes(parameters),
             "buffers": sum(prod(b.shape) * b.element_size() for b in tensors.buffers.values()),
             **store_on_device,
-            **({"corrections of rows": rows.held} if rows.held else {}),
+            **({"corrections of rows": rows.stored} if rows.stored else {}),
         },
         attach={} if offloaded else streaming,
         step={

@@ -14,7 +14,7 @@ from twa_scale.run.engines.run_engine import all_reduced
 class RowBytes(NamedTuple):
     """The bytes of the corrections of rows."""
 
-    held: int
+    stored: int
     """The bytes on a rank during the run, with those of the best average. A save adds a buffer of 4 MiB."""
     sent: int
     """The bytes that a rank sends to other pods in a step."""
@@ -55,7 +55,8 @@ def rows_of_plan(
     exchanged = exchanged_bytes(config.row_exchange, n, count)
     rounds = config.pods > 1 and config.row_exchange != "float32"
     return RowBytes(
-        held=row_bytes(config, n, count) + (1 + rounds) * 4 * n * count,  # with the best ones, and the rounding errors
+        stored=row_bytes(config, n, count)
+        + (1 + rounds) * 4 * n * count,  # with the best ones, and the rounding errors
         sent=(config.pods - 1) * exchanged if rounds else all_reduced(exchanged, config.pods),
         gathered=config.pods * exchanged if rounds else 0,
         state=(2 + row_moments(config)) * 4 * n * of_all,

@@ -10,7 +10,7 @@ from twa_scale.base.names import plural
 from twa_scale.tools.report.coefficients import OUTSIDE, Coefficients, merged
 from twa_scale.tools.report.elements import Content, Html, el, joined, table
 from twa_scale.tools.report.heat import heat_map, most_columns
-from twa_scale.tools.report.material import Material
+from twa_scale.tools.report.run_data import RunData
 
 EFFECTIVE_IS = (
     "The effective number of candidates is (sum of a)² / (sum of a²), which is 1 / sum of a² for coefficients that sum "
@@ -21,13 +21,13 @@ EFFECTIVE_IS = (
 _MAX_CANDIDATES = 500
 
 
-def coefficient_section(material: Material) -> Html | None:
+def coefficient_section(run: RunData) -> Html | None:
     """Return the candidates, their coefficients by depth, kind and step, and the meaning of negative ones."""
-    coefficients = material.coefficients
+    coefficients = run.coefficients
     if coefficients is None:
         return None
     n, groups = coefficients.values.shape
-    of = f" at {material.coefficients_of}" if material.coefficients_of else ""
+    of = f" at {run.coefficients_of}" if run.coefficients_of else ""
     return joined(
         el("h2", "Candidates and coefficients"),
         el(
@@ -35,23 +35,23 @@ def coefficient_section(material: Material) -> Html | None:
             f"The average is w = sum of a·w over {_count(n, 'candidate')}, with one coefficient a for each candidate "
             f"and group of tensors ({_count(groups, 'group')}){of}. The mean is over all elements.",
         ),
-        _rows_note(material),
-        _candidates(material, coefficients),
+        _rows_note(run),
+        _candidates(run, coefficients),
         el("p", f"{coefficients.effective:.2f} effective candidates of {n}. {EFFECTIVE_IS}", class_="note"),
         _negative(coefficients),
-        el("div", *_maps(material, coefficients), class_="maps"),
+        el("div", *_maps(run, coefficients), class_="maps"),
     )
 
 
-def _rows_note(material: Material) -> Html | None:
-    if not material.corrects_rows:
+def _rows_note(run: RunData) -> Html | None:
+    if not run.corrects_rows:
         return None
     return el("p", "Single rows of matrices have corrections, which are not part of the coefficients here: rows.png.")
 
 
-def _candidates(material: Material, coefficients: Coefficients) -> Html:
-    distances = material.summary.candidate_distances if material.summary else []
-    sizes = [_size(path) for path in material.paths] if len(material.paths) == len(coefficients.labels) else []
+def _candidates(run: RunData, coefficients: Coefficients) -> Html:
+    distances = run.summary.candidate_distances if run.summary else []
+    sizes = [_size(path) for path in run.paths] if len(run.paths) == len(coefficients.labels) else []
     head = ["candidate", "mean coefficient", ""]
     several = coefficients.values.shape[1] > 1
     head += ["smallest", "largest"] if several else []
@@ -117,10 +117,10 @@ def _negative(coefficients: Coefficients) -> Html:
     )
 
 
-def _maps(material: Material, coefficients: Coefficients) -> list[Html]:
+def _maps(run: RunData, coefficients: Coefficients) -> list[Html]:
     n = len(coefficients.labels)
     uniform, maps = 1 / n, []
-    over_time = _by_step(material.records, n)
+    over_time = _by_step(run.records, n)
     if len(over_time) > 1:
         maps.append(heat_map("Mean coefficient by step", coefficients.names, over_time, middle=uniform, corner="step"))
     if coefficients.values.shape[1] == 1:

@@ -16,29 +16,29 @@ from twa_scale.run.search import rows as rows_of_search
 from twa_scale.tools.report.coefficient_section import coefficient_section, mean_distance, size_text
 from twa_scale.tools.report.curves import Curve, Level, chart
 from twa_scale.tools.report.elements import Content, Html, el, joined, table
-from twa_scale.tools.report.material import CONFIG, Material, dumped
+from twa_scale.tools.report.run_data import CONFIG, RunData, dumped
 from twa_scale.version import __version__
 
 _MAX_CHARTS = 12
 _STATUS = {"finished": "finished", "running": "still running", "stopped": "not finished"}
 
 
-def page(material: Material) -> str:
+def page(run: RunData) -> str:
     """Return the page."""
-    name = material.directory.resolve().name
+    name = run.directory.resolve().name
     style = files("twa_scale.tools.report").joinpath("page.css").read_text(encoding="utf-8")
     made = time.strftime("%Y-%m-%d %H:%M")
     body = el(
         "main",
-        _header(material, name),
-        _tiles(material),
-        _methods(material),
-        _searched(material),
-        _curves(material),
-        coefficient_section(material),
-        _cost(material),
-        _configuration(material),
-        _provenance(material),
+        _header(run, name),
+        _tiles(run),
+        _methods(run),
+        _searched(run),
+        _curves(run),
+        coefficient_section(run),
+        _cost(run),
+        _configuration(run),
+        _provenance(run),
         el("footer", f"Written by twa_scale {__version__}, {made}."),
     )
     head = el(
@@ -50,29 +50,29 @@ def page(material: Material) -> str:
     return f"<!doctype html>\n{el('html', head, el('body', body), lang='en')}\n"
 
 
-def _header(material: Material, name: str) -> Html:
-    summary = material.summary
+def _header(run: RunData, name: str) -> Html:
+    summary = run.summary
     verdict = summary and (summary.verdict or summary.exported_as)
     waits = None
-    if material.status != "finished":
+    if run.status != "finished":
         waits = "The page shows the results so far. Create it again for newer results. A finished run has a comparison."
     return joined(
         el("h1", name),
-        el("p", el("span", _STATUS[material.status], class_=f"status {material.status}"), material.progress),
+        el("p", el("span", _STATUS[run.status], class_=f"status {run.status}"), run.progress),
         el("p", verdict, class_="lead") if verdict else None,
         el("p", summary.advice, class_="soft") if summary and summary.advice else None,
         el("p", waits, class_="soft") if waits else None,
     )
 
 
-def _tiles(material: Material) -> Html | None:
-    tiles = [el("div", el("b", value), el("span", label), class_="tile") for value, label in _figures(material)]
+def _tiles(run: RunData) -> Html | None:
+    tiles = [el("div", el("b", value), el("span", label), class_="tile") for value, label in _figures(run)]
     return el("div", *tiles, class_="tiles") if tiles else None
 
 
-def _figures(material: Material) -> Iterator[tuple[str, str]]:
+def _figures(run: RunData) -> Iterator[tuple[str, str]]:
     """Yield the most important numbers with their descriptions."""
-    summary, coefficients = material.summary, material.coefficients
+    summary, coefficients = run.summary, run.coefficients
     if summary:
         single = comparison.single(summary.comparison)
         exported, other = (summary.comparison.get(k, {}) for k in (comparison.EXPORTED, single))
@@ -86,21 +86,21 @@ def _figures(material: Material) -> Iterator[tuple[str, str]]:
         mean = mean_distance(summary.candidate_distances)
         compared = f" (candidates: {mean:.3g} on average)" if mean else ""
         yield f"{summary.distance:.3g}", f"distance from the center{compared}"
-    if material.step is not None:
-        yield f"{material.step}", "steps"
-    if seconds := sum(record.get("seconds", 0.0) for record in material.records):
+    if run.step is not None:
+        yield f"{run.step}", "steps"
+    if seconds := sum(record.get("seconds", 0.0) for record in run.records):
         yield _duration(seconds), "time of the recorded steps"
 
 
-def _methods(material: Material) -> Html | None:
-    rows = _compared(material)
+def _methods(run: RunData) -> Html | None:
+    rows = _compared(run)
     if not rows:
         return None
     names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
     cells: list[list[Content]] = [
         [label, *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names)] for label, metrics in rows
     ]
-    exported = material.summary.exported_as if material.summary else None
+    exported = run.summary.exported_as if run.summary else None
     return joined(
         el("h2", "Methods on held-out data"),
         table(["weights", *names], cells, marked=len(rows) - 1),
@@ -108,8 +108,8 @@ def _methods(material: Material) -> Html | None:
     )
 
 
-def _searched(material: Material) -> Html | None:
-    search = material.search
+def _searched(run: RunData) -> Html | None:
+    search = run.search
     if search is None or not search.tried:
         return None
     cells: list[list[Content]] = [[label, f"{score:.6g}"] for label, score in rows_of_search(search.model_dump())]
@@ -119,31 +119,31 @@ def _searched(material: Material) -> Html | None:
     )
 
 
-def _compared(material: Material) -> list[tuple[str, dict[str, float]]]:
+def _compared(run: RunData) -> list[tuple[str, dict[str, float]]]:
     """Return the rows of the table: those of a finished run, or the first and the last evaluation so far."""
-    start = material.config.get("start", "center")
-    first = next((metrics for step, metrics in _evaluations(material) if step == 0), None)
-    if material.summary:
-        rows = comparison.rows(material.summary.model_dump())
+    start = run.config.get("start", "center")
+    first = next((metrics for step, metrics in _evaluations(run) if step == 0), None)
+    if run.summary:
+        rows = comparison.rows(run.summary.model_dump())
         if first and start != "center":
             rows.insert(-2 if len(rows) > 1 else 0, (f"start ({dumped(start)}), step 0", first))
         return rows
-    evaluations = _evaluations(material)
+    evaluations = _evaluations(run)
     ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
     return [(f"step {step}", metrics) for step, metrics in ends]
 
 
-def _evaluations(material: Material) -> list[tuple[int, dict[str, float]]]:
+def _evaluations(run: RunData) -> list[tuple[int, dict[str, float]]]:
     result = []
-    for record in material.records:
+    for record in run.records:
         metrics = {key: value for key, value in record.items() if "/" in key and not key.startswith(COEFFICIENTS)}
         if metrics:
             result.append((record["step"], metrics))
     return result
 
 
-def _curves(material: Material) -> Html | None:
-    charts = [drawn for drawn in _charts(material) if drawn is not None]
+def _curves(run: RunData) -> Html | None:
+    charts = [drawn for drawn in _charts(run) if drawn is not None]
     if not charts:
         return None
     left_out = len(charts) - _MAX_CHARTS
@@ -155,11 +155,11 @@ def _curves(material: Material) -> Html | None:
     )
 
 
-def _charts(material: Material) -> Iterator[Html | None]:
-    records = material.records
-    compared = material.summary.comparison if material.summary else {}
+def _charts(run: RunData) -> Iterator[Html | None]:
+    records = run.records
+    compared = run.summary.comparison if run.summary else {}
     by_metric: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for _, metrics in _evaluations(material) for key in metrics):
+    for key in dict.fromkeys(key for _, metrics in _evaluations(run) for key in metrics):
         by_metric.setdefault(key.rpartition("/")[2], []).append(key)
     training = Curve("mean of the steps near", _points(records, "loss"), 5, smooth=True)
     band = "Band: lowest and highest value of nearby steps." if len(training.points) > 2 else None
@@ -196,14 +196,14 @@ def _levels(compared: Mapping[str, Mapping[str, float]], keys: list[str]) -> lis
     ]
 
 
-def _cost(material: Material) -> Html | None:
-    summary = material.summary
-    trained = sum(record.get("seconds", 0.0) for record in material.records)
-    evaluations = len(_evaluations(material))
+def _cost(run: RunData) -> Html | None:
+    summary = run.summary
+    trained = sum(record.get("seconds", 0.0) for record in run.records)
+    evaluations = len(_evaluations(run))
     rows: list[list[Content]] = []
-    if material.is_run and material.step:
-        rows.append(["steps", f"{material.step}"])
-        rows.append(["evaluations", f"{evaluations}{' and 2 for the comparison' if _is_compared(material) else ''}"])
+    if run.is_run and run.step:
+        rows.append(["steps", f"{run.step}"])
+        rows.append(["evaluations", f"{evaluations}{' and 2 for the comparison' if _is_compared(run) else ''}"])
     if trained:
         rows.append(["time of the recorded steps", _duration(trained)])
     if summary:
@@ -219,11 +219,11 @@ def _cost(material: Material) -> Html | None:
                 rows.append([f"{name}{', largest rank' if len(per_rank) > 1 else ''}", size_text(max(per_rank))])
     if not rows:
         return None
-    return joined(el("h2", "Cost"), table([], rows), _step_cost(material))
+    return joined(el("h2", "Cost"), table([], rows), _step_cost(run))
 
 
-def _step_cost(material: Material) -> Html | None:
-    summary = material.summary
+def _step_cost(run: RunData) -> Html | None:
+    summary = run.summary
     if not summary or not summary.cost or summary.forward_backward_seconds is None:
         return None
     total_seconds = summary.forward_backward_seconds
@@ -235,15 +235,15 @@ def _step_cost(material: Material) -> Html | None:
     return joined(el("p", "One step of rank 0, without reading batches:"), table(["part", "ms", "share"], rows))
 
 
-def _is_compared(material: Material) -> bool:
-    return material.summary is not None and comparison.LAST in material.summary.comparison
+def _is_compared(run: RunData) -> bool:
+    return run.summary is not None and comparison.LAST in run.summary.comparison
 
 
-def _configuration(material: Material) -> Html | None:
-    if not material.config:
+def _configuration(run: RunData) -> Html | None:
+    if not run.config:
         return None
     defaults = dict(flattened(_defaults(RunConfig)))
-    settings = dict(flattened(material.config))
+    settings = dict(flattened(run.config))
     changed: list[list[Content]] = [
         [key, dumped(value), dumped(defaults[key]) if key in defaults else ""]
         for key, value in settings.items()
@@ -271,45 +271,45 @@ def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     return result
 
 
-def _provenance(material: Material) -> Html:
-    origin, summary = material.origin, material.summary
+def _provenance(run: RunData) -> Html:
+    origin, summary = run.origin, run.summary
     version = (summary and summary.version) or (origin and origin.version)
-    rows: list[list[Content]] = [["directory", str(material.directory)]]
+    rows: list[list[Content]] = [["directory", str(run.directory)]]
     if version:
         rows.append(["written by", f"twa_scale {version}"])
     if origin:
         rows.append(["content", origin.wrote])
-    if material.coefficients_of:
-        rows.append(["coefficients", material.coefficients_of])
-    paths = material.paths or (material.coefficients.labels if material.coefficients else ())
+    if run.coefficients_of:
+        rows.append(["coefficients", run.coefficients_of])
+    paths = run.paths or (run.coefficients.labels if run.coefficients else ())
     listed = el("details", el("summary", f"{len(paths)} candidates"), el("pre", "\n".join(paths))) if paths else None
     return joined(
         el("h2", "Provenance"),
         table([], rows, first=2),
         listed,
         el("h2", "Reproduce"),
-        *(joined(el("p", text), el("pre", command)) for text, command in _commands(material)),
+        *(joined(el("p", text), el("pre", command)) for text, command in _commands(run)),
     )
 
 
-def _commands(material: Material) -> Iterator[tuple[str, str]]:
+def _commands(run: RunData) -> Iterator[tuple[str, str]]:
     """Yield the sentences and commands that reproduce results."""
-    directory, coefficients = str(material.directory), material.coefficients
-    if material.is_run and material.config:
-        ranks = material.summary.ranks if material.summary else 1
+    directory, coefficients = str(run.directory), run.coefficients
+    if run.is_run and run.config:
+        ranks = run.summary.ranks if run.summary else 1
         program = f"torchrun --nproc-per-node {ranks} -m twa_scale" if ranks > 1 else "twa-scale"
         config = shlex.quote(str(Path(directory) / CONFIG))
         yield (
             "Train again with the same settings, in the directory in which the run was started:",
             f"{program} run {config} output={shlex.quote(directory + '-again')}",
         )
-    if material.is_run and coefficients:
+    if run.is_run and coefficients:
         yield (
             "Write the exact merge from the coefficients and the candidates, without the model:",
             f"twa-scale export {shlex.quote(directory)} --out merged",
         )
-    if coefficients and coefficients.values.shape[1] == 1 and not material.corrects_rows:
-        pairs = zip(material.paths or coefficients.labels, coefficients.values[:, 0].tolist(), strict=True)
+    if coefficients and coefficients.values.shape[1] == 1 and not run.corrects_rows:
+        pairs = zip(run.paths or coefficients.labels, coefficients.values[:, 0].tolist(), strict=True)
         words = " \\\n  ".join(shlex.quote(f"{path}:{a!r}") for path, a in pairs)
         yield "The same average with fixed weights:", f"twa-scale average {words} \\\n  --out merged"
     yield "Create this page again:", f"twa-scale report {shlex.quote(directory)}"

@@ -6,8 +6,8 @@ from twa_scale.base.paths import path_of
 from twa_scale.errors import OutputError, StateError
 from twa_scale.output.provenance import PROVENANCE
 from twa_scale.output.publish import replace_file
-from twa_scale.tools.report.material import read
 from twa_scale.tools.report.page import page
+from twa_scale.tools.report.run_data import read
 
 REPORT = "report.html"
 _BEGIN = b'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -26,7 +26,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         OutputError: the page cannot be written, or its file was not written by twa_scale.
     """
     directory = path_of(run, StateError)
-    material = read(directory)
+    data = read(directory)
     target = _default(directory.resolve()) if out is None else path_of(out, OutputError)
     if target.is_dir():
         raise OutputError(f"{target}: is a directory; name the file to write.")
@@ -34,7 +34,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         raise OutputError(
             f"{target}: exists and is not a report of twa_scale; it was not changed. Choose another name."
         )
-    replace_file(target, page(material).encode())
+    replace_file(target, page(data).encode())
     return target
 
 

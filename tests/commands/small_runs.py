@@ -105,7 +105,7 @@ def numbered_convnet() -> nn.Module:
     return net
 
 
-SCORES = {"name": "tests.commands.material:scores"}
+SCORES = {"name": "tests.commands.small_runs:scores"}
 
 
 def digits(path: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def digits(path: Path) -> dict[str, Any]:
         f"{s}_labels": labels[indices] for s, indices in parts.items()
     }
     np.savez(path, **arrays)
-    return {"name": "image_classification", "model": "tests.commands.material:convnet", "data": str(path)}
+    return {"name": "image_classification", "model": "tests.commands.small_runs:convnet", "data": str(path)}
 
 
 def train_candidates(

@@ -8,7 +8,7 @@ from importlib.resources import files
 from io import TextIOWrapper
 from pathlib import Path
 
-from examples.once import make_once
+from examples.shared_directory import make_once
 
 SENTENCES = "movieReviewSnippets_GroundTruth.txt"  # 10,604 sentences of film reviews, scored by people from -4 to 4
 PARTS = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}  # which of every five sentences

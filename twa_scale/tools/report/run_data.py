@@ -109,7 +109,7 @@ class Search(_Read):
 
 
 @dataclass(frozen=True)
-class Material:
+class RunData:
     """The data of a run from its files. Missing data is None or empty."""
 
     directory: Path
@@ -134,7 +134,7 @@ class Material:
     """Whether it is the directory of `twa-scale run`."""
 
 
-def read(directory: Path) -> Material:
+def read(directory: Path) -> RunData:
     """Return the data in the files of a directory.
 
     Raises:
@@ -153,7 +153,7 @@ def read(directory: Path) -> Material:
             f"{directory}: holds nothing to report: neither {STATE} and {METRICS} of a run, nor {PROVENANCE} of an "
             f"average, nor {TRAINER_STATE} of a trainer. Give the output directory of a run, or of an average."
         )
-    return Material(
+    return RunData(
         directory,
         "finished",
         origin.wrote if origin else "a training",
@@ -168,7 +168,7 @@ def read(directory: Path) -> Material:
     )
 
 
-def _of_run(directory: Path) -> Material:
+def _of_run(directory: Path) -> RunData:
     exists = any((directory / name).exists() for name in (STATE, PREVIOUS))
     state = load_state(directory, notice, rows="none") if exists else None
     records = read_records(directory)
@@ -182,7 +182,7 @@ def _of_run(directory: Path) -> Material:
     progress = so_far if state and state.finished else f"{so_far}; the same command continues it"
     if owner is not None:
         status, progress = "running", f"{so_far}, {owner}"
-    return Material(
+    return RunData(
         directory,
         status,
         progress,

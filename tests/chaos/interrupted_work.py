@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from tests.chaos.task import WIDE
-from tests.commands.material import load, run_here, settings, state_of
+from tests.commands.small_runs import load, run_here, settings, state_of
 from tests.commands.test_resume import lines
 from tests.limits import files_up_to
 from twa_scale import Snapshots
@@ -37,7 +37,7 @@ class Work(ABC):
     @property
     @abstractmethod
     def phases(self) -> tuple[str, ...]:
-        """Names of `victims.PHASES`."""
+        """Names of `target_process.PHASES`."""
 
     @abstractmethod
     def prepare(self, directory: Path) -> None:

@@ -11,7 +11,7 @@ _OVERWRITTEN = "a state that does not fit was read into them by torch.distribute
 _FIX = "Load a state, or create RunningAverages again."
 
 
-class Intact:
+class Validity:
     """Records the reason why the averages of this rank cannot be used, if there is one."""
 
     def __init__(self) -> None:

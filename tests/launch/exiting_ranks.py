@@ -1,4 +1,4 @@
-"""Pairs of ranks that exit while threads of gloo hold Python tensors. test_ending.py starts them.
+"""Pairs of ranks that exit while threads of gloo hold Python tensors. test_exit_code.py starts them.
 
 Ranks are forks of this process, which has imported torch once.
 """
