@@ -84,7 +84,7 @@ class FakeWindow:
         fill(store, span, values)
         inner = store._inner if isinstance(store, OffloadedStore) else store
         assert isinstance(inner, InMemoryStore)
-        self.rows_and_center = inner.rows_and_center
+        self.rows_and_base = inner.rows_and_center
 
 
 @each_store
