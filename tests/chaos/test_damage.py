@@ -34,20 +34,20 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_undamaged(written: Path, name: str) -> None:
+def test_undamaged_files_are_read(written: Path, name: str) -> None:
     paths = [written / name / str(i) for i in range(3)]
     first, second = (FORMATS[name].read(paths[i], [paths[(i + 1) % 3], paths[(i + 2) % 3]]) for i in range(2))
     assert (first is None) == (second is None) and (first is None or first != second)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_some_damage(written: Path, tmp_path: Path, name: str) -> None:
+def test_few_random_damages(written: Path, tmp_path: Path, name: str) -> None:
     run(FORMATS[name], written / name, tmp_path, range(QUICK))
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("name", FORMATS)
-def test_much_damage(written: Path, tmp_path: Path, name: str, chaos_seed: int) -> None:
+def test_many_random_damages(written: Path, tmp_path: Path, name: str, chaos_seed: int) -> None:
     run(FORMATS[name], written / name, tmp_path, range(chaos_seed, chaos_seed + MANY))
 
 
@@ -64,7 +64,7 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("case", DEEPSPEED)
-def test_much_damage_of_deepspeed(deepspeed: Path, tmp_path: Path, case: str, chaos_seed: int) -> None:
+def test_many_random_damages_of_deepspeed(deepspeed: Path, tmp_path: Path, case: str, chaos_seed: int) -> None:
     """Padding is not read, so the CRC of a partition is not always checked."""
     made = Format(write_torch, has_checksum=None)
     run(made, deepspeed / case.replace("/", "-"), tmp_path, range(chaos_seed, chaos_seed + MANY))

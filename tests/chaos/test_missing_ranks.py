@@ -24,7 +24,7 @@ NAMED, NONE_WAITED, TOO_SLOW = "named", "nobody waited for it any more", "ended 
 
 
 @pytest.mark.chaos
-def test_missing_at_random_moments(two_ranks: TrainingOnRanks, tmp_path: Path, chaos_seed: int) -> None:
+def test_ranks_missing_at_random_moments(two_ranks: TrainingOnRanks, tmp_path: Path, chaos_seed: int) -> None:
     started = time.monotonic()
     two_ranks.prepare(tmp_path / "usual")
     processes = to_the_end(two_ranks, tmp_path / "usual", 0)

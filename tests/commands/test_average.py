@@ -138,7 +138,7 @@ def test_type_shards_and_overwriting(text: TrainedCandidates, tmp_path: Path, sh
     check(tmp_path / "out", text.candidates, [1 / 3] * 3)
 
 
-def test_one_candidate_is_itself(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_average_of_one_candidate_equals_it(text: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     path = sorted(Path(text.candidates).parent.glob("step-*"))[0]
     assert shell("average", path, "--out", tmp_path / "out").code == 0
     actual = load(tmp_path / "out")

@@ -54,7 +54,7 @@ def test_json_counts_every_byte() -> None:
     assert {"AdamW(fused=True)", "published project", "published combine"} <= {row["what"] for row in actual["others"]}
 
 
-def test_a_table() -> None:
+def test_table_has_a_row_for_each_operation() -> None:
     actual = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
     assert bench_table(actual).row_count == 2 + 3 + 4 + 2
     by_row = run_bench(["packed1"], 1001, 2, None, "torch", CPU, row_length=100)
@@ -111,7 +111,7 @@ def seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {row["what"]: row["seconds"] for row in rows}
 
 
-def test_a_step_of_a_configuration(config: Path, tmp_path: Path) -> None:
+def test_estimated_step_of_a_configuration(config: Path, tmp_path: Path) -> None:
     result = found(config, "groups=tensor", "--ranks", 2, "--streaming", tmp_path)
     plan = make_plan(validated(RunConfig, json.loads(config.read_text())), 2)
     assert plan.num_groups > 1

@@ -21,7 +21,7 @@ from twa_scale.run.loop import Run
 from twa_scale.run.progress import Report
 
 
-def test_averages_are_few_and_differ() -> None:
+def test_averages_that_start_best_tries() -> None:
     assert averages(1, "mean") == ["center"]
     assert averages(9, "first") == [
         "center", "last", "mean", "lawa:2", "lawa:4", "lawa:8", "ema:0.8", "ema:0.9", "ema:0.95", "minus-sqrt",
@@ -31,7 +31,9 @@ def test_averages_are_few_and_differ() -> None:
 
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
-def test_the_best_is_taken(ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int) -> None:
+def test_run_starts_at_the_best_average(
+    ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int
+) -> None:
     """The center is a candidate far from the others, so another average is better."""
     changes: dict[str, Any] = {"engine": engine, "center": "first", "evaluate_batches": None, "steps": 1}
     data = settings(scores.candidates, scores.task, tmp_path, **changes, start="best")
@@ -95,9 +97,7 @@ class TimeRecorder(Report):
 
 
 @pytest.mark.parametrize("changes", [{"start": "best"}, {"steps": 6}])
-def test_the_cost_of_a_step_has_no_other_work(
-    scores: TrainedCandidates, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_cost_of_a_step_excludes_other_work(scores: TrainedCandidates, tmp_path: Path, changes: dict[str, Any]) -> None:
     data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=1, compare=False)
     if "steps" in changes:
         run_here(data)  # a continued run loads a state and writes its weights
@@ -123,7 +123,7 @@ def states(n: int) -> list[dict[str, torch.Tensor]]:
     return actual
 
 
-def test_start_from_is_exact_and_trains_on() -> None:
+def test_start_from_is_exact_and_training_continues() -> None:
     model = nn.Linear(3, 2)
     twa = twa_scale.attach(model, states(4), {"basis": "orthonormal"})
     twa.start_from("lawa:2")
@@ -135,7 +135,7 @@ def test_start_from_is_exact_and_trains_on() -> None:
     assert not torch.allclose(model.weight.detach(), expected)
 
 
-def test_the_simplex_starts_inside_only() -> None:
+def test_simplex_starts_need_positive_coefficients() -> None:
     twa = twa_scale.attach(nn.Linear(3, 2), states(3), {"basis": "simplex"})
     assert twa.can_start_from("ema:0.5") and not twa.can_start_from("last")
     with pytest.raises(twa_scale.ConfigError, match="simplex"):

@@ -41,7 +41,7 @@ def run_all(runs: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_every_stage_ends_where_fsdp2_does(
+def test_every_zero_stage_has_the_result_of_fsdp2(
     ranks: Pool, text: TrainedCandidates, tmp_path: Path, precision: str
 ) -> None:
     engines = ("fsdp2", "zero1", "zero2", "zero3")
@@ -129,7 +129,7 @@ def of(**data: Any) -> RunConfig:
     return validated(RunConfig, {"candidates": "x", "output": "y", "task": task, "steps": 1, **data})
 
 
-def test_deepspeeds_numbers_follow_from_the_run() -> None:
+def test_deepspeed_settings_are_derived_from_the_run() -> None:
     config = of(engine="zero2", batch_size=24, micro_batch_size=2, deepspeed={"gradient_clipping": 0.0})
     actual = zero_settings(config, 2, 3)
     assert actual["train_micro_batch_size_per_gpu"] == 2 and actual["gradient_accumulation_steps"] == 4
@@ -148,7 +148,7 @@ def test_deepspeeds_numbers_follow_from_the_run() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_numbers_that_disagree_are_refused(options: dict[str, Any], message: str) -> None:
+def test_contradictory_batch_sizes_of_deepspeed_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         zero_settings(of(engine="zero3", batch_size=24, micro_batch_size=2, deepspeed=options), 3, 3)
 

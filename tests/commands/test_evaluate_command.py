@@ -16,7 +16,7 @@ from twa_scale.config import RunConfig, validated
 from twa_scale.run.evaluation import evaluate_weights
 
 
-def test_the_weights_of_a_run(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_evaluate_reads_the_output_of_a_run(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """By default, the last candidate and the exported average are evaluated on the whole split."""
     data = settings(scores.candidates, scores.task, tmp_path / "out", evaluate_batches=1)
     config = tmp_path / "run.json"

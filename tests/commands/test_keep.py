@@ -260,7 +260,7 @@ NAN = float("nan")
         (False, [NAN, NAN], None),
     ],
 )
-def test_first_of_equal_bests_is_kept(higher: bool, values: list[float], best: int | None) -> None:
+def test_first_of_equal_best_averages_is_kept(higher: bool, values: list[float], best: int | None) -> None:
     task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
     kept = BestAverage(task, config())
     empty = torch.zeros(1, 1, dtype=torch.float64)

@@ -183,7 +183,7 @@ def one(model: nn.Module, twa: Any) -> None:
     twa.zero_grad()
 
 
-def test_a_trial_goes_through_the_schedule_of_the_run() -> None:
+def test_trial_steps_cover_the_schedule_of_the_run() -> None:
     assert [trial_steps(n) for n in (2, 40, 100, 1000)] == [2, 5, 10, 20]
     assert [position(i, 5, 100) for i in range(5)] == [10, 30, 50, 70, 90]
     assert [position(i, 7, 7) for i in range(7)] == list(range(7))
@@ -285,7 +285,7 @@ def test_end_of_a_trial_is_exported_if_it_is_the_best(scores: TrainedCandidates,
         ({"optimizer": {"lr": "auto"}, "units": "weight"}, ["adamw with units weight", "give a number"]),
     ],
 )
-def test_refused(
+def test_invalid_rate_searches_are_refused(
     scores: TrainedCandidates, tmp_path: Path, shell: Any, changes: dict[str, Any], words: list[str]
 ) -> None:
     config = tmp_path / "run.json"

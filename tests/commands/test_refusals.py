@@ -63,7 +63,7 @@ def config(text: TrainedCandidates, tmp_path: Path) -> Any:
         ("batch_size=100000", ["batch_size", "100000", "'train'"]),
     ],
 )
-def test_settings(config: Any, shell: Any, command: str, override: str, words: list[str]) -> None:
+def test_invalid_settings(config: Any, shell: Any, command: str, override: str, words: list[str]) -> None:
     path = config()
     refused(shell(command, path, override), *words)
 
@@ -309,7 +309,7 @@ def run_program(*words: object, **environment: str) -> "subprocess.CompletedProc
     )
 
 
-def test_one_message_as_a_process(config: Any) -> None:
+def test_command_prints_one_message(config: Any) -> None:
     result = run_program("-m", "twa_scale", "run", config(), "basiss=pca")
     refused(CommandResult(result.returncode, result.stdout, result.stderr), "'basiss'", "did you mean 'basis'?")
 
@@ -333,7 +333,7 @@ def test_data_that_one_rank_lacks(ranks: Pool, scores: TrainedCandidates, tmp_pa
         assert all("not mounted on this node" in str(outcome.error) for outcome in outcomes)
 
 
-def test_no_rank_waits_for_another(ranks: Pool, scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_invalid_runs_raise_on_every_rank(ranks: Pool, scores: TrainedCandidates, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for changes in (
         {"output": str(tmp_path / "file/below")},

@@ -320,13 +320,13 @@ def test_export_of_changed_or_missing_candidates(
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
-def test_none_is_not_a_state(scores: TrainedCandidates, tmp_path: Path, content: bytes) -> None:
+def test_files_without_a_state_are_refused(scores: TrainedCandidates, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(StateError, match=r"state\.pt"):
         run_here(run_settings(scores, tmp_path))
 
 
-def test_a_state_of_the_library_alone_is_none_of_a_run(scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_state_of_an_average_is_refused_as_state_of_a_run(scores: TrainedCandidates, tmp_path: Path) -> None:
     run_here(run_settings(scores, tmp_path))
     twa = state_of(tmp_path)["twa"]
     (tmp_path / "state.previous.pt").unlink()

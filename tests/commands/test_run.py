@@ -244,7 +244,7 @@ def test_engines_ranks_and_micro_batches_make_no_difference(
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2"])
-def test_bfloat16_computation_stays_near(
+def test_bfloat16_computation_is_close_to_float32(
     ranks: Pool, single_rank: dict[str, torch.Tensor], text: TrainedCandidates, tmp_path: Path, engine: str
 ) -> None:
     data = settings(text.candidates, text.task, tmp_path, engine=engine, precision="bfloat16")
@@ -257,7 +257,7 @@ def test_bfloat16_computation_stays_near(
 
 @pytest.mark.parametrize("basis", ["orthonormal", "pca", "simplex"])
 @pytest.mark.parametrize("store", ["dense32", "dense16"])
-def test_every_basis_and_store_exports_what_its_coefficients_say(
+def test_exports_equal_the_coefficients_of_every_basis_and_store(
     scores: TrainedCandidates, tmp_path: Path, basis: str, store: str
 ) -> None:
     run_here(settings(scores.candidates, scores.task, tmp_path, basis=basis, store=store, groups=["^0", "bias"]))

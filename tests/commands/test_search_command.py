@@ -38,7 +38,7 @@ def mixed(trained_candidates: TrainedCandidates, weights: Any) -> dict[str, torc
     return averaged(weights, candidates(trained_candidates))
 
 
-def test_a_sweep(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+def test_sweep_exports_the_average_with_the_lowest_loss(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """The scores are the losses of averages computed by the test, and the best one is exported."""
     config = written(scores, tmp_path, groups="tensor+row")
     result = shell("search", config)
@@ -101,7 +101,9 @@ def test_ranks_have_the_same_search_results(ranks: Pool, scores: TrainedCandidat
         (["basis=simplex", "groups=tensor"], ["basis 'simplex'"]),
     ],
 )
-def test_refused(scores: TrainedCandidates, tmp_path: Path, shell: Any, words: list[str], expected: list[str]) -> None:
+def test_invalid_searches_are_refused(
+    scores: TrainedCandidates, tmp_path: Path, shell: Any, words: list[str], expected: list[str]
+) -> None:
     result = shell("search", written(scores, tmp_path), *words)
     assert result.code == 2 and "Traceback" not in result.err and all(word in result.err for word in expected), (
         result.err

@@ -52,7 +52,7 @@ def refused(output: Path) -> str:
 # Bytes
 
 
-def test_every_bit_counts(output: Path) -> None:
+def test_any_flipped_bit_is_detected(output: Path) -> None:
     whole = (output / STATE).read_bytes()
     header = whole.index(b"\n") + 1
     generator = random.Random(0)

@@ -90,7 +90,7 @@ def test_all_ranks_stop_at_the_next_boundary(
     same_end(undisturbed, tmp_path)
 
 
-def test_alone(scores: TrainedCandidates, tmp_path: Path) -> None:
+def test_stopped_run_on_one_rank_continues(scores: TrainedCandidates, tmp_path: Path) -> None:
     run_here(life(scores, tmp_path / "whole"))
     run_with_handlers(life(scores, tmp_path / "parts", {"method": "loss", "call": 3}))
     run_here(life(scores, tmp_path / "parts"))
@@ -113,7 +113,7 @@ def test_signal_handlers_are_restored_after_an_error() -> None:
     assert stop.asked and [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_a_thread_leaves_the_signals_alone() -> None:
+def test_signal_handlers_are_not_set_in_other_threads() -> None:
     seen: list[object] = []
 
     def inside() -> None:

@@ -147,7 +147,7 @@ def test_kernels(name: Literal["torch", "triton"], dtype: torch.dtype, m: int) -
         torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
+def test_attach_memory_is_the_store_and_a_bounded_rest() -> None:
     """The candidates of 4 x 17 M weights are on the CPU, and the deltas on the GPU."""
     model = nn.Linear(4096, 4096, bias=False).cuda()
     first = {name: value.detach().cpu() for name, value in model.state_dict().items()}

@@ -83,7 +83,7 @@ def outputs(kind: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @two_gpus
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_next_forward_sees_what_was_written(ranks: Pool, kind: str) -> None:
+def test_next_forward_uses_the_written_weights(ranks: Pool, kind: str) -> None:
     for before, displayed, expected in ranks(outputs, 2, kind=kind):
         torch.testing.assert_close(displayed, expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(before, expected, rtol=1e-3)

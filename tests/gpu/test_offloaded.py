@@ -125,7 +125,7 @@ def test_host_does_not_wait(operation: str) -> None:
 
 @pytest.mark.parametrize("name", ["dense32", "packed4"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_training(nccl: None, name: str, sharded: bool) -> None:
+def test_training_with_an_offloaded_store_equals_training_on_the_gpu(nccl: None, name: str, sharded: bool) -> None:
     def train(store_device: str) -> tuple[dict[str, Tensor], Tensor]:
         model = shard(build().cuda()) if sharded else build().cuda()
         config = {"groups": "tensor", "basis": "orthonormal", "store": name, "store_device": store_device}

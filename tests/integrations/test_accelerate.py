@@ -76,7 +76,7 @@ def test_closed_average_is_not_saved(tmp_path: Path) -> None:
     assert resumed.num_steps == averages.num_steps
 
 
-def test_rows_are_in_the_state_where_each_node_saves(tmp_path: Path) -> None:
+def test_state_has_the_rows_if_each_node_saves(tmp_path: Path) -> None:
     candidates = [network(seed).state_dict() for seed in range(3)]
     actual: list[dict[str, Any]] = []
     for _ in range(2):

@@ -66,7 +66,7 @@ def test_invalid_states_raise(tmp_path: Path) -> None:
         read_state(path)
 
 
-def test_invalid_states_name_no_rows(tmp_path: Path) -> None:
+def test_invalid_states_refer_to_no_files_of_rows(tmp_path: Path) -> None:
     kept, other, foreign = (tmp_path / name for name in ("state.rows-00000000", "state.rows-11111111", "state.rows-x"))
     for directory in (kept, other, foreign):
         directory.mkdir()

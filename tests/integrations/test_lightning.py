@@ -176,7 +176,7 @@ def test_checkpoint_of_other_ranks_raises_and_one_without_averages_restarts(tmp_
 
 
 @pytest.mark.slow
-def test_each_of_several_optimizers_counts_in_either_package(tmp_path: Path) -> None:
+def test_steps_of_several_optimizers_are_counted(tmp_path: Path) -> None:
     package = pytest.importorskip("pytorch_lightning")
 
     class Two(package.LightningModule):  # type: ignore[name-defined]

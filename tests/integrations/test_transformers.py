@@ -367,7 +367,7 @@ def test_contradictory_settings_raise(options: dict[str, Any], message: str) -> 
         TwaCallback(**options)
 
 
-def test_a_callback_outside_of_a_trainer_names_itself() -> None:
+def test_error_names_the_callback_outside_of_a_trainer() -> None:
     twa = twa_scale.attach(build(9), [build(seed).state_dict() for seed in range(2)])
     for callback in (CoefficientsCallback(twa), TwaCallback(ema=[0.9])):
         name = type(callback).__name__

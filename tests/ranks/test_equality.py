@@ -254,14 +254,16 @@ TOLERANCES = {"dense16": 1e-2, "packed8": 1e-2, "packed4": 3e-2, "mapped": 1e-5}
 
 
 @pytest.mark.parametrize(("engine", "size", "name"), grouped((e, 2, store) for e in ENGINES for store in TOLERANCES))
-def test_stores_stay_near(run_results: Ends, engine: str, size: int, name: str) -> None:
+def test_stores_match_the_reference_within_their_rounding(run_results: Ends, engine: str, size: int, name: str) -> None:
     """The store rounds deltas, not gradients and weights. `mapped` rounds nothing."""
     for by_name in run_results(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], TOLERANCES[name])
 
 
 @pytest.mark.parametrize(("engine", "size", "name"), CASES_OF_INCREMENTS)
-def test_increments_stay_near(run_results: Ends, engine: str, size: int, name: str) -> None:
+def test_increments_match_the_reference_within_their_rounding(
+    run_results: Ends, engine: str, size: int, name: str
+) -> None:
     """Rows are increments with rounded codes. Bases, starts, centers and coefficients are not rounded."""
     target = expected(name, meshes.data_ranks(engine, size))
     for by_name in run_results(engine, size):
@@ -272,7 +274,7 @@ def test_increments_stay_near(run_results: Ends, engine: str, size: int, name: s
         assert torch.equal(a, run_results(engine, size)[0][name].coefficients.double())
 
 
-def test_increments_move_farther_than_their_tolerance() -> None:
+def test_training_with_increments_changes_more_than_the_tolerance() -> None:
     for name in INCREMENTS:
         result = expected(name, 1)
         moved = (result.coefficients[-1] - result.coefficients[0]).nan_to_num().abs().max()
@@ -280,7 +282,7 @@ def test_increments_move_farther_than_their_tolerance() -> None:
 
 
 @pytest.mark.parametrize(("engine", "size", "name"), grouped([("fsdp2", 2, "bfloat16")]))
-def test_bfloat16_computation_stays_near(run_results: Ends, engine: str, size: int, name: str) -> None:
+def test_bfloat16_computation_is_close_to_the_reference(run_results: Ends, engine: str, size: int, name: str) -> None:
     """Gradients of MixedPrecisionPolicy(param_dtype=bfloat16) are rounded. The weights remain float32."""
     for by_name in run_results(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], 3e-2)
@@ -288,7 +290,9 @@ def test_bfloat16_computation_stays_near(run_results: Ends, engine: str, size: i
 
 
 @pytest.mark.parametrize(("engine", "size", "name"), grouped((e, 2, "bfloat16") for e in zero.ENGINES))
-def test_bfloat16_copies_of_the_weights_stay_near(run_results: Ends, engine: str, size: int, name: str) -> None:
+def test_bfloat16_copies_of_the_weights_are_close_to_the_reference(
+    run_results: Ends, engine: str, size: int, name: str
+) -> None:
     """DeepSpeed returns its bfloat16 copies. Its gradients are rounded, too."""
     for by_name in run_results(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], 1e-2)

@@ -42,7 +42,7 @@ def test_results_by_rank(ranks: Pool, size: int) -> None:
     assert ranks(total, size, value=1.0) == [(r, size, size * (size + 1) / 2) for r in range(size)]
 
 
-def test_an_error_of_every_rank_is_itself(ranks: Pool) -> None:
+def test_error_of_every_rank_is_raised_unchanged(ranks: Pool) -> None:
     with pytest.raises(CandidateError, match="candidate 'x'"):
         ranks(refuse, 2)
     assert isinstance(ranks.error(refuse, 3), CandidateError)

@@ -87,7 +87,7 @@ def test_every_step_is_a_step_of_projected_sgd(ranks: Pool, engine: str, size: i
                     assert error <= 1e-5, f"{groups}, after {step} steps: {name} is {error:.1e} off"
 
 
-def test_weights_change() -> None:
+def test_projected_sgd_changes_the_weights() -> None:
     for groups in BLOCKS:
         first, *_, last = projected_sgd(groups, 1)
         assert (last["embed.weight"] - first["embed.weight"]).norm() > 0.01 * first["embed.weight"].norm()

@@ -26,7 +26,7 @@ def alone() -> tuple[Rounding, ...]:
 
 
 @pytest.mark.parametrize(("engine", "size", "room"), [("plain", 2, 1e-9), ("fsdp2", 2, 0.5), ("ddp", 3, 0.5)])
-def test_ranks_know_the_error_of_all(ranks: Pool, engine: str, size: int, room: float) -> None:
+def test_rounding_error_is_the_same_on_all_ranks(ranks: Pool, engine: str, size: int, room: float) -> None:
     """Replicas count once, and parts are summed. Boundaries of ranks divide many blocks of small tensors."""
     by_rank = ranks(roundings, size, engine=engine)
     assert all(result == by_rank[0] for result in by_rank)

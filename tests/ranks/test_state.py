@@ -285,7 +285,7 @@ def allocations_of_rows(directory: Path) -> dict[str, int]:
     }
 
 
-def test_a_save_takes_the_memory_of_a_buffer_and_a_load_that_of_the_own_rows(ranks: Pool, tmp_path: Path) -> None:
+def test_memory_of_saving_and_loading_rows(ranks: Pool, tmp_path: Path) -> None:
     """Whatever other ranks hold; the state with all rows on every rank takes the memory of all."""
     of_all = 4 * 3 * MANY
     for actual in ranks(allocations_of_rows, 3, directory=tmp_path):

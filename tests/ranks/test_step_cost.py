@@ -47,7 +47,7 @@ def asked_per_step(combine: str) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("combine", ["step", "forward"])
-def test_each_parameter_is_asked_about_before_and_after_a_write(ranks: Pool, combine: str) -> None:
+def test_step_makes_two_queries_for_each_parameter(ranks: Pool, combine: str) -> None:
     ((actual, trained),) = ranks(asked_per_step, 1, combine=combine)
     assert actual == [2 * trained] * 3
 

@@ -59,7 +59,7 @@ def step(engine: str, store: str) -> tuple[list[Call], int]:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
-def test_only_coefficient_gradients_travel_between_pods(ranks: Pool, tmp_path: Path, engine: str) -> None:
+def test_only_coefficient_gradients_are_sent_between_pods(ranks: Pool, tmp_path: Path, engine: str) -> None:
     results = ranks(step, 4, engine=engine, store=str(tmp_path / "store"))
     weights = 4 * sum(p.numel() for p in model().parameters())
     blocks = 4 * sum(p.numel() for p in model().blocks.parameters())

@@ -44,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_memory_and_bytes_are_what_plan_said(config: Path, engine: str) -> None:
+def test_memory_and_bytes_match_plan(config: Path, engine: str) -> None:
     """The peak resident memory of each rank is within 10 %. One rank reads every byte of every candidate once."""
     command = [sys.executable, "-m", "twa_scale", "plan", str(config), f"engine={engine}", f"--ranks={RANKS}", "--json"]
     plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -29,7 +29,7 @@ def results(scratch: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 class TestScaleRun:
-    def test_memory_is_what_plan_said(self, results: dict[str, Any]) -> None:
+    def test_memory_matches_plan(self, results: dict[str, Any]) -> None:
         """Within 10 %, including activations of the Hugging Face model and the packed store."""
         plan, summary = results["plan"], results["summary"]
         assert results["parameters"] >= 100e6 and not plan["notes"]
@@ -41,7 +41,7 @@ class TestScaleRun:
         assert sum(results["summary"]["bytes_read_per_rank"]) == 16 * results["candidate_bytes"]
         assert results["candidate_bytes"] == 2 * results["parameters"]
 
-    def test_exported_is_the_merge_but_for_the_rounding_of_4_bits(self, results: dict[str, Any]) -> None:
+    def test_export_equals_the_merge_within_4_bit_rounding(self, results: dict[str, Any]) -> None:
         actual = results["check"]
         assert actual["moved"] > 0.01  # otherwise the test would have no effect
         assert abs(actual["error"] / actual["predicted"] - 1) < 0.05
@@ -53,5 +53,5 @@ class TestScaleRun:
         low, high = results["check"]["exact"]
         assert abs(low - 1) < 1e-4 and abs(high - 1) < 1e-4
 
-    def test_it_leaves_no_large_files(self, scratch: Path, results: dict[str, Any]) -> None:
+    def test_no_large_files_remain(self, scratch: Path, results: dict[str, Any]) -> None:
         assert sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()) < 10e6

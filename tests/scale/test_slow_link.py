@@ -35,7 +35,7 @@ class TestSlowLink:
         assert results["parameters"] >= 20e6 and results["moved"] > 1e-3
         assert all(run["error"] <= 1e-5 for run in results["runs"])
 
-    def test_what_the_device_counted_is_what_each_has_to_send(self, results: dict[str, Any]) -> None:
+    def test_counted_bytes_equal_the_expected_bytes(self, results: dict[str, Any]) -> None:
         """Pods send gradients of coefficients and a few headers. DDP sends gradients and half of the weights."""
         for run in results["runs"]:
             for key in ("sent", "received"):
@@ -44,7 +44,7 @@ class TestSlowLink:
                 else:
                     assert 0.95 < run[key] / (6 * results["parameters"]) < 1.1
 
-    def test_pods_wait_for_round_trips_and_ddp_for_the_link(self, results: dict[str, Any]) -> None:
+    def test_pods_are_limited_by_latency_and_ddp_by_bandwidth(self, results: dict[str, Any]) -> None:
         fastest = {(run["mode"], run["slow"]): run["fastest"] for run in results["runs"]}
         noise = 0.5 * fastest["pods", False]  # of the cores, which other processes use, too
         assert fastest["pods", True] < fastest["pods", False] + 6 * ROUND_TRIP + noise

@@ -189,7 +189,7 @@ def test_plain_weights_have_no_products(tmp_path: Path) -> None:
         average_fixed([str(tmp_path / f"{i}.safetensors") for i in range(2)], tmp_path / "out", space="product")
 
 
-def test_ranks_that_differ_have_products_only(mixed: list[str], tmp_path: Path) -> None:
+def test_adapters_of_different_ranks_need_space_product(mixed: list[str], tmp_path: Path) -> None:
     with pytest.raises(TwaError, match=r"have rank 4, those of .* 2\..*--space product"):
         average_fixed(mixed, tmp_path / "out")
     with pytest.raises(TwaError, match="only products can be truncated"):

@@ -153,7 +153,7 @@ def test_a_named_adapter_is_in_a_subdirectory(tmp_path: Path) -> None:
         average_fixed([str(tmp_path / "named"), str(tmp_path / "plain")], tmp_path / "out")
 
 
-def test_products_with_one_b_are_not_the_same(alike: list[str], tmp_path: Path) -> None:
+def test_adapters_with_one_equal_factor_have_different_products(alike: list[str], tmp_path: Path) -> None:
     first = load_file(f"{alike[0]}/adapter_model.safetensors")
     second = load_file(f"{alike[1]}/adapter_model.safetensors")
     shutil.copytree(alike[1], tmp_path / "b")

@@ -145,7 +145,7 @@ def test_tokens_in_records(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("type_", ["uint16", "int32", "fixed", "large"])
-def test_lists_of_every_type(tmp_path: Path, type_: str) -> None:
+def test_token_columns_of_every_list_type(tmp_path: Path, type_: str) -> None:
     kind = {"fixed": pa.list_(pa.int64(), 3), "large": pa.large_list(pa.uint8())}.get(type_) or pa.list_(
         getattr(pa, type_)()
     )
@@ -458,7 +458,7 @@ def packed(tmp_path: Path) -> Callable[..., Task]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_isolated_documents_have_the_loss_that_they_have_alone(packed: Callable[..., Task], attention: str) -> None:
+def test_isolated_documents_have_the_same_loss_as_alone(packed: Callable[..., Task], attention: str) -> None:
     task = packed(model_type="llama", intermediate_size=32)
     batch = {key: value[None] for key, value in task.dataset("train")[0].items()}
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1]]

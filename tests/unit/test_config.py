@@ -381,7 +381,7 @@ def test_integral_floats_are_integers_and_tuples_are_lists() -> None:
     assert (config.steps, config.read_chunk, config.center) == (1000, 8192, [0.5, 0.5])
 
 
-def test_an_option_of_a_later_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_option_of_a_later_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Adam(torch.optim.Adam):
         def __init__(self, params: Any, lr: float, betas: Any = (0.9, 0.999)) -> None:
             super().__init__(params, lr=lr, betas=betas)
@@ -534,7 +534,7 @@ def test_shapes_after_the_warmup() -> None:
     assert rates(8, name="step", warmup=0, milestones=[0.5, 0.75]) == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
 
 
-def test_the_scheduler_gives_the_optimizer_these_rates() -> None:
+def test_scheduler_sets_the_rates_of_the_optimizer() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     schedule = ScheduleConfig(name="linear", warmup=0.2)
     seen = []
@@ -549,7 +549,7 @@ def test_the_scheduler_gives_the_optimizer_these_rates() -> None:
 NAMES = ["embedding.weight", "blocks.0.a.weight", "blocks.0.b.3.bias", "blocks.10.a.weight", "norm.weight", "scale"]
 
 
-def test_groups_of_names() -> None:
+def test_group_names() -> None:
     assert set(group_names(NAMES, "global").values()) == {"global"}
     assert group_names(NAMES, "tensor") == {name: name for name in NAMES}
     assert list(group_names(NAMES, "block").values()) == [
@@ -576,7 +576,7 @@ def test_patterns_that_match_nothing_are_refused(key: str) -> None:
 
 @pytest.mark.parametrize("numel", [0, 1, 2, 3, 7, 12, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_shares_tile(numel: int, size: int) -> None:
+def test_shares_cover_all_elements_once(numel: int, size: int) -> None:
     parts = [share(numel, rank, size) for rank in range(size)]
     assert [i for start, stop in parts for i in range(start, stop)] == list(range(numel))
     assert all(stop - start <= parts[0][1] for start, stop in parts)

@@ -41,13 +41,13 @@ def after_one_step(net: nn.Module, **config: Any) -> Tensor:
     return twa.coefficients
 
 
-def test_gradients_from_before_attach_do_not_count() -> None:
+def test_gradients_from_before_attach_are_ignored() -> None:
     clean, stale = model(), model()
     backward(stale, seed=9)
     torch.testing.assert_close(after_one_step(stale), after_one_step(clean), rtol=0, atol=0)
 
 
-def test_a_candidate_that_is_the_average_of_the_others_moves_nothing() -> None:
+def test_candidate_that_equals_the_center_has_no_effect() -> None:
     """Its delta is a rounding error, which a direction of unit norm would amplify by seven orders of magnitude."""
     first, second, *_ = candidates()
     mean = {k: (first[k] + second[k]) / 2 for k in first}

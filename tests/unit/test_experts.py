@@ -88,7 +88,7 @@ def test_tensors_that_stack_experts_are_found(case: str) -> None:
         ("head.w", "head"),
     ],
 )
-def test_names_give_the_expert_or_else_the_block(name: str, group: str) -> None:
+def test_expert_groups_of_names(name: str, group: str) -> None:
     assert group_names([name], "expert") == {name: group}
 
 

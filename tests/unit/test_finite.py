@@ -29,7 +29,7 @@ def write(out: Path, values: Tensor, dtype: torch.dtype, allow_infinite: bool = 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("own", [torch.float64, torch.float32], ids=str)
-def test_writer(tmp_path: Path, own: torch.dtype, dtype: torch.dtype) -> None:
+def test_writer_refuses_values_that_are_not_finite(tmp_path: Path, own: torch.dtype, dtype: torch.dtype) -> None:
     values = torch.ones(2_000_000, dtype=own)
     values[0] = torch.finfo(dtype).max if dtype.itemsize < own.itemsize else 1.0
     values[1], values[2] = 1e-310, -0.0

@@ -167,7 +167,7 @@ def members(path: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("candidates", ["ckpt"], indirect=True)
-def test_the_same_torch_file(ranks: Pool, working_directory: Path, candidates: list[str], size: int) -> None:
+def test_format_same_of_a_torch_file(ranks: Pool, working_directory: Path, candidates: list[str], size: int) -> None:
     average_on_ranks(ranks, size, working_directory, candidates, "same")
     content: Any = torch.load("out/step-10.ckpt", weights_only=True)
     assert_equal(content["state_dict"], expected(candidates))
@@ -180,7 +180,7 @@ def test_the_same_torch_file(ranks: Pool, working_directory: Path, candidates: l
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("candidates", ["dcp"], indirect=True)
-def test_the_same_dcp(ranks: Pool, working_directory: Path, candidates: list[str], size: int) -> None:
+def test_format_same_of_dcp(ranks: Pool, working_directory: Path, candidates: list[str], size: int) -> None:
     Path("step-10/meta.pt").write_bytes(b"as it is")
     average_on_ranks(ranks, size, working_directory, candidates, "same")
     actual = load_dcp(working_directory / "out", {"model": zeros(), "optim": optimizer(0), "step": 0})
@@ -228,7 +228,7 @@ def test_live_ranks_write_every_format(ranks: Pool, working_directory: Path) -> 
     assert actual["step"] == 1
 
 
-def test_experts_that_files_store_apart(working_directory: Path) -> None:
+def test_experts_in_separate_tensors_of_files(working_directory: Path) -> None:
     paths = [working_directory / f"step-{i}" for i in range(2)]
     for i, path in enumerate(paths):
         moe(i).save_pretrained(path)
@@ -280,7 +280,7 @@ def test_tied_tensors_are_written_once(working_directory: Path) -> None:
     assert not Path("again").exists()
 
 
-def test_views_of_one_storage_and_what_shares_it(working_directory: Path) -> None:
+def test_views_of_one_storage(working_directory: Path) -> None:
     for value in (1.0, 3.0):
         flat = torch.full((10,), value)
         flat[8:] = 7
@@ -446,7 +446,9 @@ def master_weights(path: Path) -> None:
         (master_weights, "safetensors", "'safetensors' is not one of same, hf, dcp, pt"),
     ],
 )
-def test_refused(working_directory: Path, write: Callable[[Path], None], form: str, message: str) -> None:
+def test_formats_that_cannot_be_written_are_refused(
+    working_directory: Path, write: Callable[[Path], None], form: str, message: str
+) -> None:
     write(working_directory / "a.pt")
     write(working_directory / "b.pt")
     with pytest.raises(TwaError, match=message):
@@ -528,7 +530,7 @@ def test_the_state_is_that_of_the_last_candidate(candidates: list[str]) -> None:
         average_fixed(candidates[::-1], "again", format="same")
 
 
-def test_the_same_safetensors_file(working_directory: Path) -> None:
+def test_format_same_of_a_safetensors_file(working_directory: Path) -> None:
     for value, name in ((1.0, "step-2"), (3.0, "step-10")):
         save_file({"a": torch.full((4,), value), "b": torch.full((4,), value)}, f"{name}.safetensors")
     average_fixed(["*.safetensors"], "out", format="same", max_shard_size="16B")
@@ -565,7 +567,7 @@ def test_a_candidate_that_is_replaced_before_it_is_copied(candidates: list[str])
     assert not Path("out").exists()
 
 
-def test_the_same_needs_files_and_their_types(working_directory: Path) -> None:
+def test_format_same_needs_files_and_their_dtypes(working_directory: Path) -> None:
     last = open_candidates([state(1.0), state(2.0)])
     with pytest.raises(OutputError, match="state dict 1: is a state dict in memory, which --format same"):
         output_format("same", last, CarriedFiles())

@@ -31,7 +31,7 @@ def check(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_4_bits_on_hopper(operation: str) -> None:
+def test_packed4_compiles_for_hopper(operation: str) -> None:
     check(Kernel(operation, "packed4", "sm_90"))
 
 
@@ -46,7 +46,9 @@ def test_every_store_on_every_target(target: str, operation: str, store: str) ->
     ("store", "target", "operation", "segments"),
     grid(product(STORES, ["sm_80", "sm_90", "gfx90a"], OPERATIONS, ["whole", "split"])),
 )
-def test_segments(store: str, target: str, operation: str, segments: Literal["whole", "split"]) -> None:
+def test_kernels_with_segments_compile_without_spills(
+    store: str, target: str, operation: str, segments: Literal["whole", "split"]
+) -> None:
     kernel = Kernel(operation, store, target, segments=segments)
     assert kernel.spilled == 0
     assert kernel.wide_loads >= int(0.9 * kernel.shape.rows * kernel.row_bytes / (16 * WARP[target]))

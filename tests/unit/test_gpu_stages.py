@@ -30,7 +30,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_the_script(tmp_path: Path) -> None:
+def test_gpu_script_runs_stages_and_prints_the_table(tmp_path: Path) -> None:
     """Each stage is a separate process. The table is printed at the end."""
     environment = {**WITHOUT_GPU, "OUT": str(tmp_path), "PYTHON": sys.executable}
     command = ["bash", "tests/gpu/run.sh", "kernels"]
@@ -74,7 +74,7 @@ def test_all_stages_on_small_data(tmp_path: Path) -> None:
     assert {row["stage"] for row in actual if row["ok"] is False} <= {"update"}
 
 
-def test_times_of_streams() -> None:
+def test_overlap_of_streams() -> None:
     first = merged([(5, 9), (0, 2), (1, 3), (9, 10)])
     assert first == [(0, 3), (5, 10)] and length(first) == 8
     assert intersection(first, [(2, 6)]) == [(2, 3), (5, 6)]

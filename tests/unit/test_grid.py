@@ -7,7 +7,7 @@ import pytest
 from tests.grid import covering, grid, rest_slow
 
 
-def test_every_pair_is_in_the_part_and_the_whole_is_kept() -> None:
+def test_subset_covers_every_pair_and_grid_keeps_all_cases() -> None:
     cases = list(product(["a", "b", "c"], ["d", "e", "f"], ["g", "h", "i"]))
     chosen = covering(cases)
     assert 9 <= len(chosen) <= 12

@@ -118,7 +118,7 @@ def test_valid_json() -> None:
     assert parse_json(b"\xef\xbb\xbf{}") == {}
 
 
-def test_integers() -> None:
+def test_lists_of_integers_are_validated() -> None:
     assert integers([1, -2]) == (1, -2) == integers((1, -2))
     for value in (3, "12", [True], [1.0], [1 << 63], [[1]], {1: 2}):
         with pytest.raises(ValueError, match="not a list of 64-bit integers"):

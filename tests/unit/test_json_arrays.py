@@ -23,7 +23,7 @@ ROWS: list[dict[str, object]] = [
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_items_are_those_of_the_array(
+def test_items_equal_those_of_json_loads(
     monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None, count: int
 ) -> None:
     monkeypatch.setattr(json_arrays, "_CHUNK", chunk)

@@ -100,7 +100,7 @@ def test_a_step_is_written_and_the_oldest_deleted_or_neither(three: Path, life: 
     assert [steps for i, steps in enumerate(actual) if steps not in actual[:i]] == [{1, 2, 3}, {1, 2, 3, 4}, {2, 3, 4}]
 
 
-def test_the_next_start_is_killed_too(three: Path) -> None:
+def test_kills_of_the_restarted_process(three: Path) -> None:
     after_publication = next(path for path in after_kills(save_fourth, three, signal.SIGKILL) if 4 in visible(path))
     starts = 0
     for directory in after_kills(save, after_publication, signal.SIGKILL):
@@ -110,7 +110,7 @@ def test_the_next_start_is_killed_too(three: Path) -> None:
     assert starts > 3
 
 
-def test_signals_leave_names_to_the_next_start(tmp_path: Path) -> None:
+def test_signals_do_not_remove_names_of_other_threads(tmp_path: Path) -> None:
     """Only names of the main thread are removed, because another thread may be publishing."""
 
     def hold(directory: Path) -> None:

@@ -74,7 +74,7 @@ def test_candidates_from_the_hub_and_adapters() -> None:
     assert data.base_model == "acme/base" and data.library_name == "peft"
 
 
-def test_names_are_text() -> None:
+def test_names_in_model_cards_are_escaped() -> None:
     bad = "<script>`|[x](y)*_$-1"
     text = card_of(config(), origin(f"a/{bad}", "a/b\n| c |", weights=[0.5, 0.5])).text
     assert "<script>" not in text.split("```sh")[0] and "`|" not in text
@@ -112,7 +112,7 @@ def test_invalid_card_is_kept() -> None:
     assert with_card(files, origin(weights=[0.5, 0.5])) == files
 
 
-def test_running_averages_say_their_settings() -> None:
+def test_cards_of_running_averages_have_the_settings() -> None:
     ema = {"decay": [0.5], "half_life": 0.1, "bema": True, "use_buffers": True, "start_step": 3}
     averages = twa_scale.RunningAverages(torch.nn.Linear(1, 1), ema=ema, window={"every": 1, "keep": 2})
     for _ in range(4):
@@ -142,7 +142,7 @@ def test_running_averages_say_their_settings() -> None:
 
 
 @pytest.mark.parametrize("form", ["hf", "pt", "same"])
-def test_outputs_have_it_and_can_be_replaced(tmp_path: Path, form: str) -> None:
+def test_outputs_have_a_model_card_and_can_be_replaced(tmp_path: Path, form: str) -> None:
     for i in (1, 2):
         (tmp_path / f"step-{i}").mkdir()
         (tmp_path / f"step-{i}/config.json").write_text(json.dumps(LLAMA))

@@ -313,7 +313,7 @@ def test_running_averages_are_planned_before_there_are_candidates(tmp_path: Path
         ("{window: {every: 1}}", "keep"),
     ],
 )
-def test_averages_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_averages_raise(tmp_path: Path, text: str, words: str) -> None:
     config = tmp_path / "run.json"
     config.write_text(json.dumps({"candidates": "none/*", "task": {"name": "causal_lm"}, "output": "out", "steps": 1}))
     messages = CliRunner().invoke(app, ["plan", str(config), "--averages", text])

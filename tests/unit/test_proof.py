@@ -190,7 +190,7 @@ def test_methods_start_from_earlier_results(task: type[Language | Detection], si
 
 @pytest.mark.parametrize("size", ["full", "small", "tiny"])
 @pytest.mark.parametrize("task", [Images, Vit])
-def test_methods_of_images_have_their_start(task: type[Images], size: str, tmp_path: Path) -> None:
+def test_image_methods_start_from_earlier_methods(task: type[Images], size: str, tmp_path: Path) -> None:
     settings = task.read(size)
     work = task(tmp_path, 0, settings, tmp_path)
     trunk, full = settings["trunk"], settings["full"]
@@ -256,7 +256,7 @@ def test_bema_of_candidates_is_that_of_running_averages_with_the_same_frequency(
     assert torch.allclose(bema(len(weights), every, [0.4])["power 0.4"] @ weights, expected, atol=1e-5)
 
 
-def test_extra_merge_continues_along_the_line_of_two_means() -> None:
+def test_extra_merge_extrapolates_from_two_means() -> None:
     positions = torch.arange(10.0)
     for name, length, multiple in (("0.5 past the last 2", 2, 0.5), ("1.0 past the last 5", 5, 1.0)):
         coefficients = extra_merge(10, [2, 5], [0.5, 1.0])[name]
@@ -305,7 +305,7 @@ def test_accuracies_are_compared_in_percent_and_higher_is_better(tmp_path: Path)
     assert f"| TWA | EMA | +1.10 ± {interval:.2f} | no difference shown |" in written
 
 
-def test_methods_pay_for_the_evaluations_of_single_fine_tunings_that_they_choose_by(tmp_path: Path) -> None:
+def test_cost_of_a_soup_includes_evaluations_of_its_candidates(tmp_path: Path) -> None:
     work = Soup(tmp_path, 0, Soup.read("tiny"), None)
     for name, loss in (("fine-tuning-00", 0.2), ("fine-tuning-01", 0.3), ("fine-tuning-02", 0.1)):
         work.rows[name] = {"seconds": 9.0, "evaluation": Cost(0, 5, 1).row(), "validation": {"loss": loss}}
@@ -316,7 +316,7 @@ def test_methods_pay_for_the_evaluations_of_single_fine_tunings_that_they_choose
         assert work.cost({"how": how, "without": without}, own) == own + Cost(0, evaluations, evaluations / 5), how
 
 
-def test_halves_of_the_validation_sentences_share_nothing(tmp_path: Path) -> None:
+def test_halves_of_the_validation_sentences_are_disjoint(tmp_path: Path) -> None:
     rows = [f'positive,"sentence {i}, with a comma"' for i in range(5)]
     (tmp_path / "all.csv").write_text("\n".join(["label,text", *rows]) + "\n")
     halves = [path.read_text().splitlines() for path in write_halves(tmp_path / "all.csv", tmp_path / "halves")]
@@ -472,7 +472,7 @@ def test_each_seed_has_another_shuffled_order() -> None:
     assert orders[0] != orders[1] == orders[2]
 
 
-def test_a_directory_is_made_once_by_all_that_need_it(tmp_path: Path) -> None:
+def test_concurrent_callers_make_a_directory_once(tmp_path: Path) -> None:
     made: list[Path] = []
 
     def write(directory: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_loss_of_a_detector_falls(count: int) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_boxes_start_at_the_centers_of_cells_and_equal_ones_cost_nothing() -> None:
+def test_boxes_decode_to_cell_centers_and_equal_boxes_have_zero_loss() -> None:
     boxes = decode_boxes(torch.zeros(1, 2, 4, 4))[0]
     assert boxes[1, 2].tolist() == [0.625, 0.75, 0.25, 0.25]
     assert closeness(boxes[1, 2][None], 2, 4)[0, 1, 2] == 1.0

@@ -77,7 +77,7 @@ def test_without_a_recipe_nothing_changes() -> None:
     assert made(steps=1).model_fields_set == {*MINIMAL, "steps"} and recipe_line(made(steps=1)) == ""
 
 
-def test_attach_takes_what_is_not_of_a_run() -> None:
+def test_attach_ignores_run_settings_of_recipes() -> None:
     config = validated(TwaConfig, {"recipe": "tail"})
     assert config.groups == "tensor+row" and config.start == "center"  # `best` needs evaluations
 
@@ -96,7 +96,7 @@ def test_attach_takes_what_is_not_of_a_run() -> None:
         ({"recipe": "soup", "optimizer": {"lr": "auto"}}, "held-out.*those of recipe 'soup'"),
     ],
 )
-def test_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_recipes_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         validated(RunConfig, {**MINIMAL, **settings})
 
@@ -133,7 +133,7 @@ def test_unknown_recipe_of_init(tmp_path: Path) -> None:
     assert not (tmp_path / "a.yaml").exists()
 
 
-def test_the_page_has_the_values() -> None:
+def test_documentation_has_the_values_of_the_recipes() -> None:
     text = PAGE.read_text()
     for name, recipe in RECIPES.items():
         for key, value in recipe.items():

@@ -190,7 +190,7 @@ def test_effective_candidates() -> None:
     assert mean_coefficients(two, [30, 10]).tolist() == pytest.approx([0.4, 0.15, 0.15, 0.15, 0.15])
 
 
-def test_places_of_tensors() -> None:
+def test_positions_of_tensors() -> None:
     names = ["embed.weight", "h.0.mlp.up.weight", "h.11.mlp.experts.3.up.weight", "head.0"]
     actual = positions(names)
     assert [actual[name].block for name in names] == [OUTSIDE, "0", "11", OUTSIDE]

@@ -68,7 +68,7 @@ def test_dropping_the_oldest_leaves_the_others_as_they_were() -> None:
         torch.testing.assert_close(shown(averages, model, i), before[i + 1], rtol=0, atol=1e-5)
 
 
-def test_weights_that_stay_keep_their_bits() -> None:
+def test_averages_of_constant_weights_are_exact() -> None:
     model = linear()
     averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 3, "store": "packed1"})
     before = model.weight.detach().clone()

@@ -55,7 +55,7 @@ def read(segments: Segments, tensors: dict[str, torch.Tensor], start: int, stop:
 
 
 @pytest.mark.parametrize("name", MAKES)
-def test_every_range_of_what_torch_makes_is_read_from_what_it_was_made_of(name: str) -> None:
+def test_every_range_of_traced_tensors_equals_that_of_torch(name: str) -> None:
     make, shapes = MAKES[name]
     tensors = stored(shapes)
     expected, made = make(*tensors.values()), traced(make, tensors)
@@ -118,7 +118,7 @@ def test_conversions_that_compute_raise(make: Make) -> None:
         traced(make, stored([(4, 3)]))
 
 
-def test_tensors_that_are_stored_as_they_are_are_known() -> None:
+def test_unchanged_traced_tensors_are_detected() -> None:
     tensor: Any = Traced.stored("a", (4, 3), torch.float32)
     assert tensor.origin() == tensor.clone().contiguous().origin() == "a"
     assert tensor.t().origin() is None and tensor.view(12).origin() == "a" and tensor[1:].origin() is None

@@ -104,7 +104,7 @@ def test_the_cache_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
     assert sorted(side_files(snapshot, notify=lambda _: None)) == ["config.json", "plain.json"]
 
 
-def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_side_files_above_the_size_limits_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, limit in {"MAX_BYTES": 100, "MAX_TOTAL": 150, "MAX_FILES": 3}.items():
         monkeypatch.setattr(module, name, limit)
     for number, size in enumerate([1, 101, 100, 60, 49, 0]):

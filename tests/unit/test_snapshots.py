@@ -147,7 +147,7 @@ def test_file_names_outside_the_candidate(tmp_path: Path, name: Any) -> None:
         "twa_scale.json",
     ],
 )
-def test_taken_file_names(tmp_path: Path, name: str) -> None:
+def test_reserved_file_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"is taken.*model\.safetensors.*twa_scale\.json"):
         Snapshots(tmp_path, every_n_steps=1, files={name: b""})
 

@@ -144,7 +144,7 @@ def test_module_prefix_is_kept_if_a_name_lacks_it(tmp_path: Path) -> None:
         assert torch.equal(read(candidate, "module.w", 1, 3), torch.zeros(2))
 
 
-def test_the_directory_is_that_of_a_candidate_of_its_own(tmp_path: Path) -> None:
+def test_directory_of_a_candidate(tmp_path: Path) -> None:
     path = save_whole(tmp_path / "a", tensors())
     save_file(tensors(), tmp_path / "b.safetensors")
     spec = [path, path / "model.safetensors", tmp_path / "b.safetensors"]
@@ -217,7 +217,7 @@ def test_contents_of_a_directory(working_directory: Path) -> None:
     assert "2 *.safetensors files without an index" in refused(["a", "b"])
 
 
-def test_too_few(working_directory: Path) -> None:
+def test_too_few_candidates_raise(working_directory: Path) -> None:
     save_whole(working_directory / "step-1", tensors())
     message = refused("step-*")
     assert "found 1 (step-1)" in message and "at least 2" in message
@@ -271,7 +271,7 @@ def test_floating_types_may_differ() -> None:
     assert [c.dtype("w") for c in open_candidates([first, second])] == [torch.float32, torch.bfloat16]
 
 
-def test_names_that_collide() -> None:
+def test_names_that_are_equal_without_prefixes_are_refused() -> None:
     state = {"w": torch.ones(1), "_orig_mod.w": torch.zeros(1)}
     message = refused([state, state])
     assert "'w'" in message and "'_orig_mod.w'" in message
@@ -317,7 +317,7 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
-def test_truncated(working_directory: Path) -> None:
+def test_truncated_file_is_refused(working_directory: Path) -> None:
     message = damaged(working_directory, lambda raw: raw[:-3])
     assert "truncated" in message and "tensor" in message
 
@@ -360,7 +360,7 @@ def test_a_file_that_shrinks_while_in_use(working_directory: Path) -> None:
                 read(candidate, tensor, 0, torch.Size(candidate.shape(tensor)).numel())
 
 
-def test_index_problems(working_directory: Path) -> None:
+def test_damaged_indexes_are_refused(working_directory: Path) -> None:
     path = save_shards(working_directory / "step-1", tensors())
     save_whole(working_directory / "step-2", tensors())
     assert len(open_candidates("step-*")) == 2
@@ -382,7 +382,7 @@ def test_index_problems(working_directory: Path) -> None:
         assert "model.safetensors.index.json" in refused("step-*")
 
 
-def test_files_that_hold_more_than_the_index_says(working_directory: Path) -> None:
+def test_files_with_tensors_that_the_index_lacks(working_directory: Path) -> None:
     path = save_shards(working_directory / "step-1", tensors())
     index = path / "model.safetensors.index.json"
     content = json.loads(index.read_text())

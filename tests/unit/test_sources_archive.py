@@ -77,7 +77,7 @@ def test_objects_become_stubs(tmp_path: Path) -> None:
         (lambda raw: raw.replace(b"torch._utils", b"torch._xtils"), "CRC|cannot be parsed"),
     ],
 )
-def test_damaged(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+def test_damaged_archives_are_refused(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
     (tmp_path / "x").write_bytes(damage(saved({"w": torch.ones(2)})))
     with pytest.raises(CandidateError, match=message) as error:
         Archive(File(tmp_path / "x")).content()["w"]

@@ -108,7 +108,7 @@ def test_directories_of_lightning_are_read_and_the_prefix_of_the_module_is_found
     ],
 )
 @pytest.mark.filterwarnings("ignore:--format same:UserWarning")
-def test_the_same_form_has_the_average_in_every_place(written: Path, first: str, last: str, tmp_path: Path) -> None:
+def test_format_same_replaces_every_copy_of_a_weight(written: Path, first: str, last: str, tmp_path: Path) -> None:
     """The candidates have another number of ranks. The output has the files of the last one."""
     average_fixed([str(written / first), str(written / last)], tmp_path / "out", format="same")
     actual = opened(tmp_path / "out")

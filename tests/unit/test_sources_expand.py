@@ -104,7 +104,7 @@ def test_broken_links_are_refused(working_directory: Path, make: Callable[[Path]
     assert "'model.safetensors' exists, but is not a regular file" in refused(["run/step-1"])
 
 
-def test_cycles_of_folders_end(working_directory: Path) -> None:
+def test_cyclic_links_of_folders_are_not_followed(working_directory: Path) -> None:
     """For code that follows links, two of them make a tree of 2^40 paths."""
     steps(working_directory / "run")
     for name in ("again", "once-more"):
@@ -224,7 +224,7 @@ def test_formats_that_are_not_read_are_named(working_directory: Path, name: str,
 
 
 @pytest.mark.parametrize("name", ["model.tar", "model.pkl"])
-def test_files_of_torch_with_another_name_are_to_be_renamed(working_directory: Path, name: str) -> None:
+def test_torch_files_with_other_suffixes_are_refused_with_a_fix(working_directory: Path, name: str) -> None:
     for step in ("1", "2"):
         (working_directory / step).mkdir()
         torch.save({"w": torch.ones(2)}, working_directory / step / name)

@@ -112,7 +112,7 @@ def test_directories_that_are_ambiguous(working_directory: Path, files: list[str
     ), message
 
 
-def test_a_shard_is_no_candidate(working_directory: Path) -> None:
+def test_single_shard_is_refused(working_directory: Path) -> None:
     write(working_directory / "x", "model.safetensors.index.json", 1.0)
     for spec in ("x/*.safetensors", ["x/model-00001-of-00002.safetensors"]):
         assert "the directory x" in refused(spec)
@@ -244,7 +244,7 @@ def test_a_glob_of_many_files_is_compared_in_linear_time(monkeypatch: pytest.Mon
     assert names.call_count == 300
 
 
-def test_digits_of_other_scripts(working_directory: Path) -> None:
+def test_step_names_with_unicode_digits(working_directory: Path) -> None:
     names = ["step-²", "step-1", "step-٢", "step-③"]
     for name in names:
         write(working_directory / name, "model.safetensors", 1.0)

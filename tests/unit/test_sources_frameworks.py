@@ -48,7 +48,7 @@ def out(working_directory: Path) -> Path:
     return working_directory / "out"
 
 
-def test_the_pattern_alone_suffices(out: Path) -> None:
+def test_pattern_of_checkpoints_leaves_out_copies_and_links(out: Path) -> None:
     paths, messages = found("out/checkpoint-*")
     assert paths == ["out/checkpoint-50", "out/checkpoint-100", "out/checkpoint-1000"]
     link, copy = messages
@@ -107,7 +107,7 @@ def test_copies_of_steps_are_distinguished(working_directory: Path, names: list[
         (["checkpoint1.pt", "checkpoint2.pt"], ["checkpoint_best.pt", "checkpoint_last.pt"]),  # fairseq
     ],
 )
-def test_copies_that_torch_files_are(working_directory: Path, steps: list[str], names: list[str]) -> None:
+def test_torch_files_that_are_copies_are_left_out(working_directory: Path, steps: list[str], names: list[str]) -> None:
     for i, name in enumerate([*steps, *names]):
         torch.save(state(float(i)), name)
     paths, messages = found("*.p*")

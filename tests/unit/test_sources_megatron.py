@@ -175,7 +175,7 @@ def test_weights_are_not_searched_once_for_each_tensor(working_directory: Path) 
     assert other_tensors(folder, Weights((name,) for name in state)).keys() == moments
 
 
-def test_the_state_of_a_module_called_param_is_no_copy(working_directory: Path) -> None:
+def test_optimizer_state_of_a_module_called_param_is_not_averaged(working_directory: Path) -> None:
     for step in (1, 2):
         state = {"param.weight": torch.randn(3), "optimizer.state.param.weight.exp_avg": torch.ones(3)}
         save(working_directory / f"iter_{step}", state)

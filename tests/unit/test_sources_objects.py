@@ -196,7 +196,7 @@ def test_a_tensor_without_a_name_in_a_state_dict(key: object, message: str) -> N
     assert f"the tensor under {message}" in refused({**weights(), key: torch.ones(2)})
 
 
-def test_unnamed_keys_next_to_the_weights(tmp_path: Path) -> None:
+def test_keys_that_are_not_text_next_to_the_weights(tmp_path: Path) -> None:
     beside = {"keyed": {b"a": Path("a"), "b": Path("b"), Kind.SGD: 1}, "bytes": {b"a": torch.ones(1), "b": 1}}
     content = {"model": weights(), **beside, "optimizer": {torch.ones(1): torch.ones(2), "step": torch.ones(1)}}
     for inputs in (content, saved(tmp_path / "x.pt", content)):
@@ -265,7 +265,7 @@ def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("key", ["ema.shadow_params", "ema"])
-def test_list_is_named_by_the_state_dict_in_the_file(tmp_path: Path, key: str) -> None:
+def test_ema_list_has_the_names_of_the_state_dict_in_the_file(tmp_path: Path, key: str) -> None:
     model = net(0)
     content = {"model": model.state_dict(), "ema": ema_of(model)}
     if key == "ema":
@@ -279,7 +279,7 @@ def test_list_is_named_by_the_state_dict_in_the_file(tmp_path: Path, key: str) -
         )
 
 
-def test_a_list_is_named_by_the_model(tmp_path: Path) -> None:
+def test_ema_list_has_the_names_of_the_model(tmp_path: Path) -> None:
     models = [nn.Linear(3, 4) for _ in range(2)]
     paths = [saved(tmp_path / f"{i}.pt", ema_of(model)) for i, model in enumerate(models)]
     live = nn.Linear(3, 4)
@@ -303,7 +303,7 @@ def test_a_list_is_named_by_the_model(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_list_that_cannot_be_named_is_refused(
+def test_ema_list_without_matching_names_is_refused(
     tmp_path: Path, content: Callable[[Any], dict[str, Any]], expected_message: str
 ) -> None:
     path = saved(tmp_path / "x.pt", content(ema_of(net(0))))

@@ -96,12 +96,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_pickles_are_refused(name: str) -> None:
+def test_malicious_pickles_are_refused(name: str) -> None:
     with pytest.raises(ValueError):
         SafeUnpickler(HOSTILE[name], lambda *args: args).load()
 
 
-def test_memo_has_the_size_of_its_content() -> None:
+def test_large_memo_index_allocates_little_memory() -> None:
     """Python's own unpickler allocates 68 GB for this index."""
     assert SafeUnpickler(b"\x80\x02]r\xff\xff\xff\xff0j\xff\xff\xff\xff.").load() == []
 

@@ -124,7 +124,7 @@ def test_names_of_weights_inside_of_a_module_that_is_called_like_an_optimizer(na
     assert holds(candidates[0], state) and not messages
 
 
-def test_a_weight_below_an_optimizer_is_kept() -> None:
+def test_weights_under_an_optimizer_key_are_kept() -> None:
     kept = {"layers.0.a": torch.ones(2), "opt.head.weight": torch.ones(2)} | weights()
     states = {f"opt.{kind}.{name}": torch.ones(2) for kind in ("mu", "nu", "m", "v", "exp_avg") for name in weights()}
     candidates, messages = opened([kept | states | {"opt.count": torch.ones(())}])

@@ -85,7 +85,7 @@ def test_exchanged_parameters_of_a_universal_checkpoint_are_refused(written: Pat
     assert "up.weight/fp32.pt: holds other numbers than the file of the model has" in refused(folder)
 
 
-def test_universal_checkpoints_and_those_of_which_they_were_made(written: Path, tmp_path: Path) -> None:
+def test_universal_checkpoints_next_to_their_originals(written: Path, tmp_path: Path) -> None:
     run = shutil.copytree(written / "2/2-bf16", tmp_path / "run")
     shutil.copytree(written / "2/u-2-bf16/step1", run / "global_step1_universal")
     shutil.copy(written / "2/u-2-bf16/latest_universal", run)

@@ -72,6 +72,6 @@ def test_spans_of_boxes_that_tile_a_tensor_tile_it() -> None:
     assert sorted(actual) == list(range(6 * 9 * 2))
 
 
-def test_box_without_evenly_spaced_runs() -> None:
+def test_box_with_unevenly_spaced_runs_raises() -> None:
     with pytest.raises(ValueError, match="evenly spaced"):
         block("w", (4, 4, 4), (0, 0, 0), (4, 2, 2))

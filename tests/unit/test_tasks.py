@@ -163,7 +163,7 @@ def test_windows_hold_every_byte_once_and_in_order(tmp_path: Path) -> None:
         windows[3]
 
 
-def test_a_file_is_in_one_split_and_stays_there(tmp_path: Path) -> None:
+def test_splits_are_disjoint_and_stable_when_files_are_added(tmp_path: Path) -> None:
     def files_of(number: int) -> dict[str, set[bytes]]:
         for i in range(number):
             (tmp_path / f"{i}.txt").write_bytes(b"%4d" % i)
@@ -267,7 +267,7 @@ def test_padding_changes_nothing(bert: str, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_labels_that_the_model_names_keep_its_numbers(bert: str, tmp_path: Path) -> None:
+def test_labels_have_the_ids_of_the_model_configuration(bert: str, tmp_path: Path) -> None:
     paths = write_tables(tmp_path, [("good", "up"), ("bad", "down")])
     config = json.loads(Path(bert, "config.json").read_text())
     config |= {

@@ -76,7 +76,7 @@ def holding(target: Path, run: Callable[[Path, Connection], None] = hold) -> Ite
         process.join()
 
 
-def test_names_of_live_processes_are_kept(tmp_path: Path) -> None:
+def test_temporary_names_of_running_processes_are_kept(tmp_path: Path) -> None:
     with holding(tmp_path / "out") as (pid, name):
         os.kill(pid, signal.SIGSTOP)
         remove_leftovers(tmp_path)
@@ -144,7 +144,7 @@ def test_existing_handlers_are_kept(tmp_path: Path, default_handlers: None) -> N
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and remaining(tmp_path) == []
 
 
-def test_names_left_to_the_next_start_need_no_handlers(tmp_path: Path, default_handlers: None) -> None:
+def test_deferred_removal_needs_no_signal_handlers(tmp_path: Path, default_handlers: None) -> None:
     """While another thread writes, SIGTERM has its previous handler."""
     hidden = prepare(tmp_path / "out")
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL

@@ -101,7 +101,7 @@ def test_candidates_with_different_names_of_a_tied_tensor(tmp_path: Path, lackin
     ("equal", "says", "refused"),
     [(1, None, True), (0, True, True), (0, None, False), (0, False, False), (2, True, False)],
 )
-def test_average_takes_a_head_for_tied_if_anything_says_so(
+def test_head_is_tied_if_values_or_the_configuration_indicate_it(
     tmp_path: Path, equal: int, says: bool | None, refused: bool
 ) -> None:
     states = [state(i) for i in range(2)]

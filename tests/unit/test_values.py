@@ -218,7 +218,7 @@ def test_equal_copies_are_not_reported(tmp_path: Path, recwarn: Any) -> None:
     ],
     ids=str,
 )
-def test_the_result_has_the_widest_type_and_says_so(tmp_path: Path, types: Any, result: torch.dtype) -> None:
+def test_result_has_the_widest_dtype_and_is_reported(tmp_path: Path, types: Any, result: torch.dtype) -> None:
     stored = [{"weight": torch.randn(3, 2).to(dtype), "bias": torch.randn(3)} for dtype in types]
     paths = save(tmp_path, stored)
     exact = sum(state["weight"].double() for state in stored) / 2

@@ -104,7 +104,7 @@ def _umask() -> int:
     return mask
 
 
-def test_index(tmp_path: Path) -> None:
+def test_index_of_shards(tmp_path: Path) -> None:
     write_share(tmp_path / "out", Group.alone(), max_shard_size="40B")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     state = tensors()
@@ -116,7 +116,7 @@ def test_index(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 60))
-def test_layout(numels: list[int], limit: int) -> None:
+def test_shards_do_not_exceed_the_size_limit(numels: list[int], limit: int) -> None:
     specs = [TensorSpec(str(i), (numel,), [torch.int8, torch.float32][i % 2]) for i, numel in enumerate(numels)]
     shards = lay_out(specs, limit)
     assert [name for shard in shards for name in sorted(shard.offsets, key=int)] == [spec.name for spec in specs]
