@@ -1,11 +1,9 @@
 """Baselines for `project` and `combine`: memory rates, AdamW and the published method; and the rest of an update."""
 
-from collections.abc import Iterator
-
 import torch
 
 from twa_scale.ranks import Group
-from twa_scale.tools.bench.timing import Measured, measure
+from twa_scale.tools.bench.timing import Measured, Operation, measure
 
 MEMORY = 1 << 31
 """The largest amount of memory that is read and copied, in bytes."""
@@ -22,16 +20,15 @@ def memory_rates(elements: int, device: torch.device) -> list[Measured]:
     """Measure reading and copying `elements` float32 numbers, at most `MEMORY` bytes."""
     data = torch.ones(min(elements, MEMORY // 4), device=device)
     first, second = data.chunk(2) if len(data) % 2 == 0 else data[1:].chunk(2)
-    return [
-        measure("read", data.sum, data.nbytes, device),
-        measure("copy", lambda: first.copy_(second), 2 * first.nbytes, device),
-    ]
+    copy = Operation("copy", lambda: first.copy_(second), 2 * first.nbytes)
+    return measure([Operation("read", data.sum, data.nbytes), copy], device)
 
 
 def reduction(n: int, groups: int, device: torch.device) -> Measured:
     """Measure the all-reduce of the coefficient gradients. Collective."""
     group, products = Group.world(), torch.zeros(groups, n + 1, dtype=torch.float64, device=device)
-    return measure(f"reduction over {group.size} ranks", lambda: group.sum_(products), products.nbytes, device)
+    reduce = Operation(f"reduction over {group.size} ranks", lambda: group.sum_(products), products.nbytes)
+    return measure([reduce], device)[0]
 
 
 def adamw(weights: torch.Tensor, gradient: torch.Tensor) -> Measured:
@@ -40,10 +37,10 @@ def adamw(weights: torch.Tensor, gradient: torch.Tensor) -> Measured:
     parameter.grad = gradient
     optimizer = torch.optim.AdamW([parameter], lr=1e-9, fused=True)
     optimizer.step()
-    return measure("AdamW(fused=True)", optimizer.step, 7 * weights.nbytes, weights.device)
+    return measure([Operation("AdamW(fused=True)", optimizer.step, 7 * weights.nbytes)], weights.device)[0]
 
 
-def published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
+def published(n: int, gradient: torch.Tensor) -> list[Measured]:
     """Measure the published method (journal branch): uint8 codes with one scale and zero point for each row.
 
     The method dequantizes all n rows to float32. It is measured on a part of the elements, and the time is scaled to
@@ -64,6 +61,7 @@ def published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
     def combine() -> torch.Tensor:
         return (codes * (scale * u)).sum(0) + (zero[:, None] * u).sum()
 
-    for name, function in (("published project", project), ("published combine", combine)):
-        small = measure(name, function, codes.nbytes + part.nbytes, gradient.device)
-        yield Measured(name, small.seconds * times, small.nbytes * times)
+    named = {"published project": project, "published combine": combine}
+    nbytes = codes.nbytes + part.nbytes
+    small = measure([Operation(name, function, nbytes) for name, function in named.items()], gradient.device)
+    return [Measured(of.what, of.seconds * times, of.nbytes * times) for of in small]

@@ -13,7 +13,7 @@ from twa_scale.kernels import Segments
 from twa_scale.ranks import Group
 from twa_scale.store import Store, make_store, store_bytes, update_bytes
 from twa_scale.tools.bench.baselines import MEMORY, adamw, coefficient_optimizer, memory_rates, published, reduction
-from twa_scale.tools.bench.timing import Measured, measure
+from twa_scale.tools.bench.timing import Measured, Operation, measure
 
 _CHUNK = 1 << 20  # elements of each candidate that are in float32 while a store is filled
 _SPAN = 1 << 26  # elements of the largest tensor
@@ -86,14 +86,15 @@ def run_bench(
         config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
         store = make_store(config, candidates, device, _refuse)
         spans = _spans(elements, sizes)
-        measured[name] = _measure_store(store, spans, candidates, groups, gradient, weights)
+        operations = _of_store(store, spans, candidates, groups, gradient, weights)
         if row_length:
-            measured[name] += _measure_rows(store, spans, candidates, row_length, gradient, weights)
+            operations += _of_rows(store, spans, candidates, row_length, gradient, weights)
+        measured[name] = measure(operations, device)
         store.close()
     others = [reduction(candidates, groups, device), adamw(weights, gradient), *published(candidates, gradient)]
     memory += memory_rates(elements * candidates, device)
     x = coefficient_optimizer(candidates, groups, device)
-    coefficients = measure("coefficient step", x.step, 28 * candidates * groups, device)
+    (coefficients,) = measure([Operation("coefficient step", x.step, 28 * candidates * groups)], device)
     threads = torch.get_num_threads()
     return Bench(str(device), threads, elements, candidates, memory, measured, coefficients, others)
 
@@ -133,14 +134,15 @@ def _spans(elements: int, sizes: Sequence[int]) -> list[tuple[Span, slice]]:
     return spans
 
 
-def _measure_store(
+def _of_store(
     store: Store,
     spans: list[tuple[Span, slice]],
     n: int,
     groups: int,
     gradient: torch.Tensor,
     weights: torch.Tensor,
-) -> list[Measured]:
+) -> list[Operation]:
+    """Fill a store, and return its operations."""
     candidates = torch.randn(n, min(_CHUNK, len(gradient)))
     for span, _ in spans:
         target = store.reserve(span)
@@ -164,20 +166,21 @@ def _measure_store(
 
     moved = update_bytes(store.nbytes, len(gradient))
     return [
-        measure("project", project, moved["project"], gradient.device),
-        measure("combine", combine, moved["combine"], gradient.device),
-        measure("update", update, sum(moved.values()), gradient.device),
+        Operation("project", project, moved["project"]),
+        Operation("combine", combine, moved["combine"]),
+        Operation("update", update, sum(moved.values())),
     ]
 
 
-def _measure_rows(
+def _of_rows(
     store: Store,
     spans: list[tuple[Span, slice]],
     n: int,
     length: int,
     gradient: torch.Tensor,
     weights: torch.Tensor,
-) -> list[Measured]:
+) -> list[Operation]:
+    """Return the operations of a store for rows of this length."""
     divided = [(span, indices, Segments(length, span.start % length, len(span))) for span, indices in spans]
     count = sum(segments.count for *_, segments in divided)
     factors = [torch.randn(segments.count, n, device=gradient.device).T for *_, segments in divided]
@@ -193,6 +196,6 @@ def _measure_rows(
 
     moved = update_bytes(store.nbytes, len(gradient))
     return [
-        measure(f"project, rows of {length:,}", project, moved["project"] + 8 * (n + 1) * count, gradient.device),
-        measure(f"combine, rows of {length:,}", combine, moved["combine"] + 4 * n * count, gradient.device),
+        Operation(f"project, rows of {length:,}", project, moved["project"] + 8 * (n + 1) * count),
+        Operation(f"combine, rows of {length:,}", combine, moved["combine"] + 4 * n * count),
     ]

@@ -1,7 +1,7 @@
-"""The timing of one operation: the best of several calls."""
+"""The timing of operations: the best of several calls."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,27 +27,41 @@ class Measured:
         return self.nbytes / self.seconds
 
 
-def measure(what: str, function: Callable[[], object], nbytes: float, device: torch.device) -> Measured:
-    """Return the best time of several calls, after a call for warm-up. Collective: all ranks make the same calls.
+@dataclass(frozen=True)
+class Operation:
+    """An operation to measure."""
+
+    what: str
+    """The name of the operation."""
+    function: Callable[[], object]
+    nbytes: float
+    """The bytes that it has to move."""
+
+
+def measure(operations: Sequence[Operation], device: torch.device) -> list[Measured]:
+    """Return the best times of several calls, after a call for warm-up. Collective: all ranks make the same calls.
+
+    The operations are called in turn, so that the ratio of two of them changes little if the machine is disturbed.
 
     Args:
-        what: the name of the operation.
-        function: the operation.
-        nbytes: the bytes that it has to move.
+        operations: the operations.
         device: the device that is synchronized before and after each call.
     """
-    function()
+    for operation in operations:
+        operation.function()
     group, more = Group.world(), True
-    seconds: list[float] = []
+    seconds: list[list[float]] = [[] for _ in operations]
     while more:
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
-        unfinished = len(seconds) < _MIN_CALLS or (sum(seconds) < _MIN_SECONDS and len(seconds) < _MAX_CALLS)
+        for operation, calls in zip(operations, seconds, strict=True):
+            _synchronize(device)
+            start = time.perf_counter()
+            operation.function()
+            _synchronize(device)
+            calls.append(time.perf_counter() - start)
+        count, shortest = len(seconds[0]), min(map(sum, seconds))
+        unfinished = count < _MIN_CALLS or (shortest < _MIN_SECONDS and count < _MAX_CALLS)
         more = bool(group.sum_(torch.tensor(float(unfinished))))
-    return Measured(what, min(seconds), nbytes)
+    return [Measured(op.what, min(calls), op.nbytes) for op, calls in zip(operations, seconds, strict=True)]
 
 
 def _synchronize(device: torch.device) -> None:
