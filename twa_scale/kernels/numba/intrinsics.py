@@ -75,12 +75,12 @@ class Emitter:
         """Store a vector to consecutive elements."""
         self.build.store(values, self.address(name, index, values.type.count), align=2)
 
-    def prefetch(self, name: str, index: Any) -> None:
+    def prefetch(self, name: str, index: Any, write: bool = False) -> None:
         """Prefetch the cache line of an element into the L2 cache."""
         pointer = self.build.bitcast(self.build.gep(self[name], [self.at(index)]), ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
         fetch = cgutils.get_or_insert_function(self.build.module, kind, "llvm.prefetch.p0i8")
-        self.build.call(fetch, [pointer, *(ir.Constant(INT, value) for value in (0, 2, 1))])
+        self.build.call(fetch, [pointer, *(ir.Constant(INT, value) for value in (int(write), 2, 1))])
 
     def element(self, name: str, index: Any) -> Any:
         """Load one element."""

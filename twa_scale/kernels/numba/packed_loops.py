@@ -22,6 +22,7 @@ from twa_scale.kernels.numba.packed_vectors import (
     store_past_caches,
     sum_rows,
 )
+from twa_scale.kernels.numba.segment_vectors import prefetch_products
 from twa_scale.kernels.numba.shared_tiles import (
     add_to_products,
     combine_rests,
@@ -125,10 +126,12 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 whole = whole and count == U(0)
             elif many:
                 places[:] = U(0)
-            # Here, and not all at once, because the lines of these products are in a cache when they are added to.
-            while many and zeroed < segment:
-                zeroed += ONE
-                products[zeroed * pitch : zeroed * pitch + n] = 0.0
+            # Products are zeroed here, and not all at once, so that they are in a cache when sums are added to them.
+            if many and zeroed < segment:
+                prefetch_products(products, (segment + ONE) * pitch, (segment + segment - zeroed + ONE) * pitch)
+                while zeroed < segment:
+                    zeroed += ONE
+                    products[zeroed * pitch : zeroed * pitch + n] = 0.0
             if blocks < fields:
                 own[:] = np.uint16(0)
             _padded(scales, scale, n, blocks, own, fields)

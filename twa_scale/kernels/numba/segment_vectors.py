@@ -46,6 +46,19 @@ def move_lanes(typing, products, to, lanes, at, n, sums):  # type: ignore[no-unt
 
 
 @intrinsic
+def prefetch_products(typing, products, first, stop):  # type: ignore[no-untyped-def]
+    """Prefetch products [first, stop), which will be written."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v = Emitter(context, builder, signature.args, arguments, "products first stop")
+        with cgutils.for_range_slice(builder, v["first"], v["stop"], v.at(_NUM_DOUBLES), inc=True) as (index, _):
+            v.prefetch("products", index, write=True)
+        return context.get_dummy_value()
+
+    return types.void(products, _U, _U), generate
+
+
+@intrinsic
 def dot_rest(typing, bits, lanes, words, at, n, scales, field, integers, units):  # type: ignore[no-untyped-def]
     """Write <row_i, gradient> of one block to 16 lanes for each of n rows.
 

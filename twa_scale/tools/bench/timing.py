@@ -9,7 +9,7 @@ import torch
 from twa_scale.ranks import Group
 
 # Other processes may disturb single calls, so there are at least _MIN_CALLS of them and _MIN_SECONDS in total.
-_MIN_CALLS, _MIN_SECONDS, _MAX_CALLS = 7, 0.5, 1000
+_MIN_CALLS, _MIN_SECONDS, _MAX_CALLS = 7, 1.0, 1000
 
 
 @dataclass(frozen=True)
