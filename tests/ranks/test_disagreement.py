@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import twa_scale
 from tests import models
 from tests.commands.small_runs import SCORES, run_here, settings
 from tests.grid import rest_slow
@@ -131,6 +132,64 @@ def test_different_settings_are_refused(
     configs = [{key: values[0]}, {key: values[0]}, {key: values[1]}]
     error = ranks.error(attach, 3, engine=engine, given=[paths] * 3, configs=configs)
     assert isinstance(error, ConfigError) and key in str(error) and "rank 2" in str(error) and "rank 0" in str(error)
+
+
+def errors_of_other_steps(engine: str) -> tuple[dict[str, str], bool]:
+    """Return the errors about settings that only the last rank has; and whether its coefficients are still equal."""
+    rank, size = cases.where()
+    last = rank == size - 1
+    errors: dict[str, str] = {}
+
+    def step(scaler: torch.amp.GradScaler | None = None) -> None:
+        loss = models.loss(model, models.batch(rank))
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        twa.step(scaler)
+
+    model, twa = cases.attach(engine, Run({"optimizer": {"name": "sgd", "lr": 0.1}}))
+    twa.set_lr(0.2 if last else 0.1)
+    errors["lr"] = cases.error_text(step)
+    twa.set_lr(0.1)
+    errors["scale"] = cases.error_text(lambda: step(torch.amp.GradScaler("cpu", init_scale=1024.0 if last else 512.0)))
+    errors["start"] = cases.error_text(lambda: twa.start_from("last" if last else "first"))
+    step()
+    step()
+    equal = torch.equal(twa.coefficients, twa.pods.broadcast(twa.coefficients))
+    twa.optimizer.param_groups[0]["lr"] = 0.1 * (1 + last)
+    step()  # the third step is not compared
+    errors["coefficients"] = cases.error_text(lambda: twa.export("never written"))
+    twa.set_lr(0.1)
+    errors["coefficients alone"] = cases.error_text(lambda: twa.export("never written"))
+    twa.close()
+    return errors, equal
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
+def test_different_steps_are_refused(ranks: Pool, engine: str) -> None:
+    (errors, equal), other = ranks(errors_of_other_steps, 2, engine=engine)
+    assert (errors, equal) == other and equal
+    for name, word in {"lr": "lr of the optimizer", "scale": "scale of the loss", "start": "start_from"}.items():
+        assert word in errors[name] and "rank 1" in errors[name], errors
+    assert "lr of the optimizer" in errors["coefficients"] and "coefficients of" in errors["coefficients alone"]
+
+
+def errors_of_other_models() -> list[str]:
+    last = cases.where()[0] == 1
+    frozen, narrow, reordered = models.build(), models.build(), models.build()
+    frozen.head.weight.requires_grad_(not last)
+    if last:
+        narrow.bfloat16()
+        reordered._modules["stem"] = reordered._modules.pop("stem")
+    return [
+        cases.error_text(lambda model=model: twa_scale.attach(model, models.candidates()))  # type: ignore[misc]
+        for model in (frozen, narrow, reordered)
+    ]
+
+
+def test_different_models_are_refused(ranks: Pool) -> None:
+    errors, other = ranks(errors_of_other_models, 2)
+    assert errors == other
+    for error, word in zip(errors, ["requires no gradient", "bfloat16", "'embed.weight'"], strict=True):
+        assert error.startswith("parameter ") and word in error and "rank 1" in error, error
 
 
 # Averages without a model

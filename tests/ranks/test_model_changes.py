@@ -183,6 +183,15 @@ def test_gradient_written_by_a_script_is_used() -> None:
         torch.testing.assert_close(value, expected[name])
 
 
+def test_the_error_of_torch_about_a_hook_of_the_script_is_raised() -> None:
+    """torch passes the value of a hook to the next one, in place of the parameter, and then refuses it."""
+    model = models.build()
+    model.stem.conv.weight.register_post_accumulate_grad_hook(lambda p: p.grad)
+    twa_scale.attach(model, models.candidates())
+    with pytest.raises(RuntimeError, match="should return None"):
+        models.loss(model, models.batch(0)).backward()
+
+
 def notices_of(wrapped: bool) -> list[str]:
     model = models.build()
     outer = DistributedDataParallel(model) if wrapped else nn.Sequential(model)

@@ -27,7 +27,7 @@ from twa_scale.config import TwaConfig, block_settings, center_weights, validate
 from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine, ParameterInfo, choose_engine
 from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
-from twa_scale.engines.model_checks import require_device, require_materialized
+from twa_scale.engines.model_checks import require_device, require_materialized, require_same_model
 from twa_scale.engines.split_spans import SplitEngine
 from twa_scale.engines.stacked_experts import StackedExperts, stacked_experts
 from twa_scale.errors import ConfigError
@@ -91,7 +91,8 @@ def attach_at_least(
         candidates, config = _candidates_and_config(engine, candidates, config)
         require_trainable(config, engine, pods)
         stacked = experts_of(engine.module, engine.parameters, config)
-        engine = SplitEngine(engine, stacked) if stacked else engine
+    require_same_model(engine, pods)
+    engine = SplitEngine(engine, stacked) if stacked else engine
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # after an error, close all files, so that the caller can try again
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)

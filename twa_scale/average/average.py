@@ -11,7 +11,7 @@ from torch import nn
 from twa_scale.average import batchnorm
 from twa_scale.average.basis import Basis
 from twa_scale.average.closing import while_open
-from twa_scale.average.coefficients import Which, averaging_coefficients
+from twa_scale.average.coefficients import Which, averaging_coefficients, name_for_ranks
 from twa_scale.average.export import export
 from twa_scale.average.gradients import Gradients
 from twa_scale.average.measures import elements_of_groups
@@ -19,6 +19,7 @@ from twa_scale.average.optimizer import checked_lr, make_optimizer
 from twa_scale.average.overflow import WeightLimits
 from twa_scale.average.parts import Parts
 from twa_scale.average.rows import RowCorrections
+from twa_scale.average.same_on_ranks import SameOnRanks
 from twa_scale.average.state import StateForm
 from twa_scale.average.stateful import Stateful
 from twa_scale.average.step import CoefficientStep
@@ -34,6 +35,7 @@ from twa_scale.candidates.read_ahead import Progress
 from twa_scale.candidates.rounding import Rounding
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.output.options import OutputOptions
+from twa_scale.ranks import require_same_settings
 
 
 class TrainableAverage(Stateful):
@@ -84,7 +86,10 @@ class TrainableAverage(Stateful):
         self._written = WrittenCoefficients(
             self._x, rows, basis, self._weights, limits, self._swapped, self._spans, postpone=postpone
         )
-        self._step = CoefficientStep(parts, gradients, self._written, self._weights, self.optimizer, self.clock)
+        self._same = SameOnRanks(pods, self._x, self.optimizer)
+        self._step = CoefficientStep(
+            parts, gradients, self._written, self._weights, self.optimizer, self._same, self.clock
+        )
         self._written.write_first()
         engine.forget()
         engine.keeps_gradients = clips
@@ -213,6 +218,7 @@ class TrainableAverage(Stateful):
         the last candidate, with the state of its training). See `export.export` for the other arguments and errors.
         """
         self.write_deferred()
+        self._same.require()
         change = self._weights.change()
         written_as = None if dtype is None else str(dtype).removeprefix("torch.")
         export(
@@ -254,13 +260,15 @@ class TrainableAverage(Stateful):
             which: as for `weights`, except "trained".
 
         Raises:
-            ConfigError: the average is unknown, or the basis cannot start from it; raised on every rank.
+            ConfigError: the average is unknown or differs between ranks, or the basis cannot start from it; raised on
+                every rank.
         """
         with self.pods.agree():
             if self._swapped:
                 raise TwaError("start_from() inside weights(): leave it first.")
             if not self.can_start_from(which):
                 raise ConfigError(f"start_from: basis {self.config.basis!r} cannot start from {which!r}.")
+        require_same_settings(self.pods, {"start_from": name_for_ranks(which, self._chosen(which))})
         self._written.set(self._located(which))
         self.zero_grad()
 

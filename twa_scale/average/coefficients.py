@@ -1,6 +1,7 @@
 """Averaging coefficients from a name, an index, or numbers."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 
@@ -52,3 +53,10 @@ def _named(which: Which, n: int) -> torch.Tensor:
             f"weights: {which!r} are not weights of {n} candidates; use trained, center, a name or an index that the "
             "setting `center` takes, or coefficients."
         ) from None
+
+
+def name_for_ranks(which: Which, chosen: torch.Tensor | None) -> object:
+    """Return a short value that ranks can compare, for `which` and its coefficients; None for the trained ones."""
+    if chosen is None or isinstance(which, str | int):
+        return which
+    return f"coefficients with the SHA-256 {sha256(chosen.cpu().numpy().tobytes()).hexdigest()[:16]}"

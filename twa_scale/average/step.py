@@ -4,12 +4,13 @@ import torch
 
 from twa_scale.average.gradients import Gradients, clipping
 from twa_scale.average.parts import Parts
+from twa_scale.average.same_on_ranks import SameOnRanks
 from twa_scale.average.step_optimizer import AverageOptimizer
 from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
 from twa_scale.base.spans import Span
-from twa_scale.errors import NotFiniteError, RankError
+from twa_scale.errors import NotFiniteError, RankError, TwaError
 
 
 class CoefficientStep:
@@ -21,6 +22,7 @@ class CoefficientStep:
         written: the coefficients.
         weights: the weights in the model.
         optimizer: trains the coefficients.
+        same: compares settings and coefficients of the ranks.
         clock: measures the time of the reduction.
     """
 
@@ -31,6 +33,7 @@ class CoefficientStep:
         written: WrittenCoefficients,
         weights: Weights,
         optimizer: AverageOptimizer,
+        same: SameOnRanks,
         clock: Clock,
     ) -> None:
         self._config = parts.config
@@ -41,6 +44,7 @@ class CoefficientStep:
         self._written = written
         self._weights = weights
         self._optimizer = optimizer
+        self._same = same
         self._clock = clock
         self._draining = False
         self._accumulating = False
@@ -67,6 +71,7 @@ class CoefficientStep:
         if scaler and not scaler.is_enabled():
             scaler = None  # a disabled scaler does not check for overflow
         scale = self._loss_scale(scaler)
+        self._require_same(scale)
         clip = clipping(None if norm is None else norm / scale, self._config.max_weight_grad_norm)
         products *= clip
         finite = self._checked(products)
@@ -83,6 +88,15 @@ class CoefficientStep:
         self._train(products, scaler)
         self.count += finite
         return finite
+
+    def _require_same(self, loss_scale: float) -> None:
+        try:
+            self._same.require_in_step(self.count + 1, loss_scale)
+        except RankError:
+            raise
+        except TwaError:  # the gradient may be scaled differently on each rank
+            self.clear()
+            raise
 
     def clear(self) -> None:
         """Clear the gradients that were added since the last step, except within a gradient accumulation."""

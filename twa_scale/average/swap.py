@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 
 import torch
 
-from twa_scale.average.coefficients import Which
+from twa_scale.average.coefficients import Which, name_for_ranks
 from twa_scale.engines import Engine
 from twa_scale.errors import RankError, TwaError
 from twa_scale.ranks import BlockExits, Pods, is_collective_failure, publish_failure, rank_errors, require_same_settings
@@ -75,7 +74,7 @@ class SwappedWeights:
         """
         with self._pods.agree():
             chosen = choose()
-        require_same_settings(self._pods, {"weights(which)": _named(which, chosen)})
+        require_same_settings(self._pods, {"weights(which)": name_for_ranks(which, chosen)})
         self._saved_buffers.append({name: buffer.clone() for name, buffer in self._engine.buffers().items()})
         self._stack.append(chosen)
         failure: BaseException | None = None
@@ -136,9 +135,3 @@ class SwappedWeights:
         except Exception as error:
             return failure or error
         return None
-
-
-def _named(which: Which, chosen: torch.Tensor | None) -> object:
-    if chosen is None or isinstance(which, str | int):
-        return which
-    return f"coefficients with the SHA-256 {sha256(chosen.cpu().numpy().tobytes()).hexdigest()[:16]}"

@@ -9,6 +9,7 @@ from twa_scale.engines.engine import Engine
 from twa_scale.engines.plain import PlainEngine
 from twa_scale.engines.view import underlying
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Pods, first_difference
 
 
 def require_materialized(engine: Engine) -> None:
@@ -23,6 +24,28 @@ def require_materialized(engine: Engine) -> None:
             raise EngineError(
                 f"{name!r} is on the meta device and has no memory for weights. Call model.to_empty(device=...) after "
                 "sharding and before attach; attach writes the candidates' values."
+            )
+
+
+def require_same_model(engine: Engine, pods: Pods) -> None:
+    """Check that all ranks have the same engine, and the same parameters in the same order. Collective.
+
+    Otherwise they would add products of different tensors: groups of coefficients are counted in the model's order.
+
+    Raises:
+        EngineError: names the rank and the parameter; on every rank.
+    """
+    entries: dict[str, object] = {"engine": type(engine).__name__}
+    for i, info in enumerate(engine.parameters.values()):
+        kind = str(info.dtype).removeprefix("torch.")
+        is_trainable = "requires a gradient" if info.trainable else "requires no gradient"
+        entries[f"parameter {i}"] = f"{info.name!r} of shape {info.shape} and type {kind} ({is_trainable})"
+    other = first_difference(pods, entries)
+    with pods.agree():
+        if other:
+            raise EngineError(
+                f"{other.key}: {other.location} has {other.local} and {other.first_location} has {other.first}. Attach "
+                "to the same model on every rank: same wrapper, parameters, order, types and requires_grad."
             )
 
 

@@ -63,7 +63,7 @@ class PlainEngine(Engine):
         if self.keeps_gradients:
             return
 
-        def take(parameter: torch.Tensor, span: Span) -> None:
+        def take(_: object, parameter: torch.Tensor, span: Span) -> None:
             if parameter.grad is None:
                 raise EngineError(ALREADY_ATTACHED)
             consume(span, flat_gradient(parameter.grad))
@@ -71,8 +71,10 @@ class PlainEngine(Engine):
 
         for span in self.spans():
             if self.parameters[span.name].trainable:
-                hook = partial(take, span=span)
-                handle = self._parameters[span.name].register_post_accumulate_grad_hook(hook)
+                parameter = self._parameters[span.name]
+                # Not the argument of the hook: torch replaces it by the value of a user's hook, before it refuses that.
+                hook = partial(take, parameter=parameter, span=span)
+                handle = parameter.register_post_accumulate_grad_hook(hook)
                 self._hooks.append(handle)
 
     def drain(self) -> None:

@@ -117,7 +117,7 @@ class Group:
         The body must not contain a collective, because a rank that failed would not join it.
 
         Raises:
-            RankError: a RankError of the body, at once and only on this rank.
+            RankError: a RankError of the body, at once and only on this rank; or another rank runs other code.
         """
         failure: Exception | None = None
         try:
@@ -127,6 +127,11 @@ class Group:
         except Exception as error:
             failure = error
         failures = [(rank, error) for rank, error in enumerate(self.gather(_portable(failure))) if error is not None]
+        if any(not isinstance(error, Exception) for _, error in failures):
+            raise RankError(
+                f"{self.name}: another rank is at another place of the program. "
+                "Call the same methods in the same order on all ranks, with models of the same kind."
+            ) from failure
         if not failures:
             return
         rank, first = failures[0]
