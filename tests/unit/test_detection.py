@@ -166,7 +166,7 @@ def test_pycocotools_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("changes", "message"),
     [
         ({"images": None}, r"coco\.json has no list 'images'"),
-        ({"images": []}, r"annotations\[0\]: image_id 11 is not the id of an entry of `image`"),
+        ({"images": []}, r"annotations\[0\]: image_id 11 is not the id of an entry of `images`"),
         ({"annotations": [OBJECTS[0] | {"bbox": [1, 2]}]}, r"annotations\[0\]: bbox \[1, 2\] is not \[left, top"),
         ({"annotations": [OBJECTS[0] | {"category_id": 5}]}, r"annotations\[0\]: category_id 5 is not the id"),
         ({"annotations": [{"image_id": 11}]}, r"annotations\[0\]: 'category_id' is None"),

@@ -10,7 +10,7 @@ from torch import nn
 
 import twa_scale
 from twa_scale import CandidateError, ConfigError, StateError, TwaWarning
-from twa_scale.candidates import asked_for
+from twa_scale.candidates import wanted_from_options
 from twa_scale.merge import average_fixed
 from twa_scale.tools.inspection import inspect
 
@@ -244,9 +244,9 @@ def test_keys_and_patterns_reach_attach_average_and_inspect(tmp_path: Path) -> N
     torch.testing.assert_close(net.embed.weight.detach(), wanted)
     average_fixed(paths, tmp_path / "out", weights_key="model_ema")
     torch.testing.assert_close(load_file(tmp_path / "out/model.safetensors")["embed.weight"], wanted)
-    assert inspect(paths, wanted=asked_for([], "model_ema")).tensors == [2, 2]
+    assert inspect(paths, wanted=wanted_from_options([], "model_ema")).tensors == [2, 2]
     with pytest.warns(TwaWarning, match="under 'model_ema'"):
-        assert inspect(paths, wanted=asked_for(["mask"], None)).tensors == [2, 2]
+        assert inspect(paths, wanted=wanted_from_options(["mask"], None)).tensors == [2, 2]
     for pattern, messages in (("(", "is not a regular expression"), ("nothing", "'nothing' matches none")):
         with pytest.raises(ConfigError, match=messages):
             average_fixed(paths, tmp_path / "out", weights_key="model_ema", ignore=[pattern])

@@ -247,7 +247,7 @@ class TrainableAverage(Stateful):
             ConfigError: as `weights` does.
         """
         a = self._chosen(which)
-        return self._basis.holds(a) if exactly else self._basis.reaches(a)
+        return self._basis.represents(a) if exactly else self._basis.can_start_at(a)
 
     @while_open
     def start_from(self, which: Which) -> None:

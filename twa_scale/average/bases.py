@@ -200,7 +200,7 @@ class Simplex(Basis):
         weights = torch.softmax(x, dim=0)
         return torch.cat([weights, weights.new_zeros(1, weights.shape[1])])
 
-    def reaches(self, a: torch.Tensor) -> bool:
+    def can_start_at(self, a: torch.Tensor) -> bool:
         """Return whether a is in the interior: the softmax has no gradient at corners and edges."""
         return bool((a > 0).all())
 

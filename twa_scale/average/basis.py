@@ -76,18 +76,18 @@ class Basis(ABC):
     def expand(self, x: torch.Tensor) -> torch.Tensor:
         """Return u (n + 1, G) for x (k, G). Autograd differentiates it, so a basis can be nonlinear."""
 
-    def reaches(self, a: torch.Tensor) -> bool:
+    def can_start_at(self, a: torch.Tensor) -> bool:
         """Return whether training can start at sum_i a_i w_i, for a (n, G)."""
         del a
         return True
 
-    def holds(self, a: torch.Tensor) -> bool:
+    def represents(self, a: torch.Tensor) -> bool:
         """Return whether the weights of `locate(a)` are sum_i a_i w_i up to rounding, for a (n, G).
 
-        A basis that does not reach all directions of the candidates, such as `pca` with few components, has the
-        nearest weights instead.
+        `locate` returns the nearest weights if the basis does not span all directions of the candidates, as `pca` with
+        few components.
         """
-        if not self.reaches(a):
+        if not self.can_start_at(a):
             return False
         target = self.weights_of(a)
         deltas = torch.cat([target[:-1], torch.zeros_like(target[-1:])])

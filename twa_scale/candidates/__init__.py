@@ -3,6 +3,6 @@
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.open import open_candidates
 from twa_scale.candidates.open_together import open_together
-from twa_scale.candidates.select import Wanted, asked_for
+from twa_scale.candidates.select import Wanted, wanted_from_options
 
-__all__ = ["Candidate", "Wanted", "asked_for", "open_candidates", "open_together"]
+__all__ = ["Candidate", "Wanted", "open_candidates", "open_together", "wanted_from_options"]

@@ -108,15 +108,15 @@ def optimizer_entries(names: Sequence[str]) -> set[str]:
         copies = _OPTIMIZER.fullmatch(prefix.split(".")[-1].lower()) is not None
         rests = {name: name[len(prefix) + 1 :] for name in members}
         states = {name for name, rest in rests.items() if name in result or _is_state_of(rest, others, copies=copies)}
-        single = {
+        shared = {
             name
             for name, rest in rests.items()
             if _SINGLE.fullmatch(rest.split(".")[-1]) or (copies and _BETWEEN.fullmatch(rest.split(".")[0]))
         }
         if copies and not named.isdisjoint(members):
             result.update(members)
-        elif states and len(states) >= _MIN_FRACTION * len(states | (set(members) - single)):
-            result.update(states | single)
+        elif states and len(states) >= _MIN_FRACTION * len(states | (set(members) - shared)):
+            result.update(states | shared)
     return result
 
 

@@ -58,9 +58,8 @@ def mapped(candidate: Candidate, name: str) -> torch.Tensor:
     try:
         view = candidate.mapped(name) if isinstance(candidate, Mappable) else None
     except OSError as error:
-        full = (
-            error.errno == errno.ENOMEM
-        )  # the system counts memory that could be written, although nothing is written
+        # The system counts memory that could be written, although nothing is written.
+        full = error.errno == errno.ENOMEM
         reason = ": it has more bytes than the system allows for one process" if full else ""
         raise ConfigError(
             f"store: {candidate.label} cannot be mapped ({error.strerror or error}){reason}. Use packed8 or packed4."

@@ -48,7 +48,7 @@ class Wanted:
 ALL = Wanted()
 
 
-def asked_for(ignore: Sequence[str], weights_key: str | None, space: str = "auto") -> Wanted:
+def wanted_from_options(ignore: Sequence[str], weights_key: str | None, space: str = "auto") -> Wanted:
     """Return the selection for `--ignore`, `--weights-key` and `--space`.
 
     Raises:

@@ -27,13 +27,13 @@ def inspect(
 
     Under a launcher, the ranks share the work, and rank 0 prints.
     """
-    from twa_scale.candidates import asked_for
+    from twa_scale.candidates import wanted_from_options
     from twa_scale.tools.inspection import inspect as inspect_candidates
     from twa_scale.tools.inspection import inspection_json, inspection_table
 
     with joined(Path.cwd() / "inspect", timeout) as (report, echo):
         with report.bytes("reading candidates") as progress:
-            wanted = asked_for(ignore or [], weights_key, space)
+            wanted = wanted_from_options(ignore or [], weights_key, space)
             inspection = inspect_candidates(candidates, progress, wanted, selection.config)
         echo(inspection_json(inspection) if json else rendered(inspection_table(inspection)))
         if plot and report.active:

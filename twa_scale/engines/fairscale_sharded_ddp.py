@@ -126,8 +126,8 @@ class ShardedDDPEngine(Engine):
         model = self._model
         bucketed = {p: bucket.sent for bucket in model._bucket_list for p in bucket._params}
         waiting = zip(model._trainable_params, model._grad_to_be_reduced, strict=False)
-        single = {p for p, waits in waiting if not waits and p not in bucketed}
-        return {p: True for p, sent in bucketed.items() if sent} | dict.fromkeys(single, False)
+        unbucketed = {p for p, waits in waiting if not waits and p not in bucketed}
+        return {p: True for p, sent in bucketed.items() if sent} | dict.fromkeys(unbucketed, False)
 
     def drain(self) -> None:
         """Pass on reduced gradients; average and pass on the gradients of parameters that OSS does not hold.

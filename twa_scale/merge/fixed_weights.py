@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 
 from twa_scale.base.notices import notice
-from twa_scale.candidates import Candidate, asked_for, open_together
+from twa_scale.candidates import Candidate, open_together, wanted_from_options
 from twa_scale.candidates.adapters import Truncated, ranks_of
 from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, spectral_vectors
 from twa_scale.candidates.carry_over import carried_files
@@ -82,7 +82,7 @@ def average_fixed(
     group = Group.world()
     with group.agree():
         paths, explicit = _split(candidates)
-        wanted = asked_for(ignore, weights_key, space)
+        wanted = wanted_from_options(ignore, weights_key, space)
         output = OutputOptions(
             dtype=parse_dtype(dtype), max_shard_size=max_shard_size, form=format, overwrite=overwrite
         )

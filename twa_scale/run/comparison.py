@@ -13,7 +13,7 @@ MEMORIZED = 0.7
 Measured = dict[str, dict[str, float]]
 
 
-def single(measured: Mapping[str, Any]) -> str:
+def compared_candidate(measured: Mapping[str, Any]) -> str:
     """Return the candidate that the average is compared with: the best one if all were evaluated, else the last."""
     return BEST if BEST in measured else LAST
 
@@ -28,7 +28,7 @@ def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
 
 
 def _against_candidate(kept: BestAverage, split: str, measured: Measured) -> str:
-    other = single(measured)
+    other = compared_candidate(measured)
     exported, candidate = measured[EXPORTED], measured[other]
     name = f"{split}/{kept.metric}"
     numbers = f"{name} {kept.value(exported):.6g} against {kept.value(candidate):.6g}"

@@ -120,12 +120,13 @@ def require_same_counters(pods: Pods, state: Mapping[str, Any]) -> None:
         "ema_updates": int(state.get("ema_updates", 0)),
         "steps of the window": _listed(window_state["steps"]) if window_state else [],
     }
-    other = first_difference(pods, counters)
+    difference = first_difference(pods, counters)
     with pods.agree():
-        if other:
+        if difference:
             raise StateError(
-                f"the states of the ranks are of different steps: {other.key} is {other.local} on {other.location} and "
-                f"{other.first} on {other.first_location}. Load those that all ranks have saved together."
+                f"the states of the ranks are of different steps: {difference.key} is {difference.local} on "
+                f"{difference.location} and {difference.first} on {difference.first_location}. Load those that all "
+                "ranks have saved together."
             )
 
 

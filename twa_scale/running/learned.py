@@ -86,7 +86,7 @@ class Learned:
             raise TwaError(self._showing.lost)
         if self._average is not None and not self._average.closed:
             self._average.close()
-        self._showing.give_back()
+        self._showing.restore()
         self._average = None
         self._restore_counters()
         self._restored()

@@ -95,9 +95,9 @@ def _is_same_decay(name: str, text: str) -> bool:
     if name == text:
         return True
     kind, _, number = name.rpartition(":")
-    other, _, value = text.rpartition(":")
+    given_kind, _, value = text.rpartition(":")
     try:
-        return kind == other and float(value) == float(number)
+        return kind == given_kind and float(value) == float(number)
     except ValueError:
         return False
 

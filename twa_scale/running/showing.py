@@ -14,7 +14,7 @@ from twa_scale.ranks import Pods
 from twa_scale.running.ema import Ema
 from twa_scale.running.named import mixture
 from twa_scale.running.parameters import Parameters
-from twa_scale.running.trained import Trained
+from twa_scale.running.trained import TrainedCopy
 from twa_scale.running.window import Window
 
 _LOST = (
@@ -49,7 +49,7 @@ class Showing:
         self._parameters = parameters
         self._ema = ema
         self._window = window
-        self._trained = Trained(device)
+        self._trained = TrainedCopy(device)
         self._shown = SwappedWeights(engine, pods, self._write, lambda _: None)
         self._versions: dict[str, object] = {}
 
@@ -97,9 +97,9 @@ class Showing:
             self._trained.forget()
             raise
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Write the copy into the model and free it."""
-        if self._trained.give_back(self._parameters.live(), self._engine.buffers()):
+        if self._trained.restore(self._parameters.live(), self._engine.buffers()):
             self._parameters.publish()
 
     def together(self, failure: BaseException | None) -> BaseException | None:
@@ -137,7 +137,7 @@ class Showing:
         """Write the weights that are to be shown. The trained weights are read from their copy."""
         chosen = self._shown.now
         if chosen is None:
-            self.give_back()
+            self.restore()
             return
         self.keep({})
         live, index = self._parameters.live(), self._ema_of(chosen)

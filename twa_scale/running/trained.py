@@ -7,8 +7,8 @@ import torch
 from twa_scale.base.spans import Span
 
 
-class Trained:
-    """Holds the weights in their own type from `keep` until `give_back`.
+class TrainedCopy:
+    """Holds the weights in their own type from `keep` until `restore`.
 
     Args:
         device: the device of the copy; by default, the device of the weights.
@@ -16,14 +16,14 @@ class Trained:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
-        self._is_kept = False
+        self._has_copy = False
         self._weights: dict[Span, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
 
     @property
     def has_copy(self) -> bool:
         """Whether there is a copy."""
-        return self._is_kept
+        return self._has_copy
 
     @property
     def nbytes(self) -> int:
@@ -33,16 +33,16 @@ class Trained:
     @torch.no_grad()
     def keep(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
         """Copy the weights. Does nothing if there is a copy."""
-        if self._is_kept:
+        if self._has_copy:
             return
         self._weights = {span: values.to(self._device, copy=True) for span, values in live.items()}
         self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        self._is_kept = True
+        self._has_copy = True
 
     @torch.no_grad()
-    def give_back(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
+    def restore(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
         """Write the copy into the model, free it, and return whether there was one, which is equal on every rank."""
-        if not self._is_kept:
+        if not self._has_copy:
             return False
         for span, values in self._weights.items():
             live[span].copy_(values)
@@ -53,4 +53,4 @@ class Trained:
 
     def forget(self) -> None:
         """Free the copy."""
-        self._is_kept, self._weights, self._buffers = False, {}, {}
+        self._has_copy, self._weights, self._buffers = False, {}, {}

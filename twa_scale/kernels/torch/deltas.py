@@ -128,17 +128,17 @@ def _pack(rows: Packed, target: Target, start: int, deltas: torch.Tensor) -> Non
     """Quantize columns from `start` on, and replace `deltas` by the rounded values, for all candidates of a level."""
     coding = target.coding or of_deltas(rows.n)
     for level in coding.levels:
-        some = slice(None) if len(level) == rows.n else list(level)
+        level_rows = slice(None) if len(level) == rows.n else list(level)
         before = [coding.before[i] for i in level]
         base = deltas[before] if before[0] != CENTER else torch.zeros(())
-        values = deltas[some] - base
-        kept = _write_level(rows, some, start, values)
+        values = deltas[level_rows] - base
+        kept = _write_level(rows, level_rows, start, values)
         if target.errors is not None:
-            target.errors[some] += torch.linalg.vector_norm(values - kept, dim=1, dtype=torch.float64).square()
-        deltas[some] = base + kept
+            target.errors[level_rows] += torch.linalg.vector_norm(values - kept, dim=1, dtype=torch.float64).square()
+        deltas[level_rows] = base + kept
 
 
-def _write_level(rows: Packed, some: slice | list[int], start: int, values: torch.Tensor) -> torch.Tensor:
+def _write_level(rows: Packed, level_rows: slice | list[int], start: int, values: torch.Tensor) -> torch.Tensor:
     """Quantize some rows, write their words and scales, and return the rounded values, of the shape of `values`."""
     size, fields, bits = rows.block, rows.fields, rows.bits
     block, front = divmod(rows.lead + start, size)
@@ -156,6 +156,6 @@ def _write_level(rows: Packed, some: slice | list[int], start: int, values: torc
     done = 0
     for _, words, scale in rows.tiles(tile, tile + tiles):
         part = slice(done, done := done + len(words))
-        words[:, some] |= words_of_tiles[part, :, : words.shape[2]]
-        scale[:, some] += scales_of_tiles[part, :, : scale.shape[2]]
+        words[:, level_rows] |= words_of_tiles[part, :, : words.shape[2]]
+        scale[:, level_rows] += scales_of_tiles[part, :, : scale.shape[2]]
     return kept[:, front : front + values.shape[1]]

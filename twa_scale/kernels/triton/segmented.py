@@ -325,14 +325,14 @@ def project_segments(rows: Dense | Packed, gradient: torch.Tensor, segments: Seg
     place = (segments.lead, segments.length, min(segments.length, size))
     with torch.cuda.device_of(gradient):
         for first, count, full in launches(rows, shape.tiles):
-            some = {"TILES": shape.tiles, "FULL": full, **how}
+            constants = {"TILES": shape.tiles, "FULL": full, **how}
             if isinstance(rows, Dense):
                 data = (rows.values, gradient, partial, rows.n, rows.m, first, *place)
-                _project_dense[(count,)](*data, TILE=TILE, **some)
+                _project_dense[(count,)](*data, TILE=TILE, **constants)
             else:
                 spot = (rows.n, rows.lead + rows.m, rows.lead, first, EXPONENT, *place)
                 packed = (rows.words, rows.scales, gradient, partial, *spot)
-                _project_packed[(count,)](*packed, BITS=rows.bits, BLOCK=rows.block, **some)
+                _project_packed[(count,)](*packed, BITS=rows.bits, BLOCK=rows.block, **constants)
         if segments.count:
             sizes = {"SIZE": size, "SLOTS": slots, "CHUNK": _CHUNK, "STEP": _STEP, "num_warps": 1}
             where = (rows.n, rows.m, lead, segments.lead, segments.length, segments.count)

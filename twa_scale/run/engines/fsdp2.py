@@ -21,7 +21,7 @@ from twa_scale.run.tasks import Task
 
 
 class Fsdp2(RunEngine):
-    """Every rank has its rows of every parameter. The whole model is built only if it keeps own values."""
+    """Every rank has its rows of every parameter. The whole model is built only if it keeps its own values."""
 
     def build(self, task: Task, world: World, device: torch.device, mesh: DeviceMesh | None = None) -> nn.Module:
         """Return the task's model, sharded before memory is allocated.

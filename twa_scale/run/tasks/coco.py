@@ -25,6 +25,7 @@ class Annotated:
     """An image and its objects."""
 
     identity: int
+    """The id of the image in the COCO file."""
     file: Path
     boxes: Array
     """float64 (N, 4): left, top, width and height in pixels."""
@@ -44,7 +45,9 @@ class Detections:
     boxes: Array
     """float64 (N, 4): left, top, width and height in pixels."""
     categories: Array
+    """int64 (N,): the category of each box."""
     scores: Array
+    """float64 (N,): the score of each box, by which boxes are ranked."""
 
 
 def read_annotations(path: Path, images: Path, setting: str) -> tuple[list[Annotated], dict[int, str]]:
@@ -173,9 +176,12 @@ def _check_object(annotation: Any, images: dict[int, Any], names: dict[int, str]
     location = f"{path}, annotations[{i}]"
     if len(box) != 4 or not all(isinstance(n, int | float) and np.isfinite(n) for n in box):
         raise ConfigError(f"{location}: bbox {brief(box)} is not [left, top, width, height] in pixels.")
-    for key, value, known in (("image_id", image, images), ("category_id", category, names)):
+    for key, value, part, known in (
+        ("image_id", image, "images", images),
+        ("category_id", category, "categories", names),
+    ):
         if value not in known:
-            raise ConfigError(f"{location}: {key} {value} is not the id of an entry of `{key[:5].rstrip('_')}`.")
+            raise ConfigError(f"{location}: {key} {value} is not the id of an entry of `{part}`.")
 
 
 def _entry(entry: Any, key: str, kind: type, path: Path, part: str, i: int) -> Any:

@@ -74,12 +74,12 @@ def _figures(run: RunData) -> Iterator[tuple[str, str]]:
     """Yield the most important numbers with their descriptions."""
     summary, coefficients = run.summary, run.coefficients
     if summary:
-        single = comparison.single(summary.comparison)
-        exported, other = (summary.comparison.get(k, {}) for k in (comparison.EXPORTED, single))
+        candidate = comparison.compared_candidate(summary.comparison)
+        exported, other = (summary.comparison.get(k, {}) for k in (comparison.EXPORTED, candidate))
         for key in list(exported)[:1]:
             yield f"{exported[key]:.5g}", f"{key} of the average"
             if key in other:
-                yield f"{other[key]:.5g}", f"{key} of the {single}"
+                yield f"{other[key]:.5g}", f"{key} of the {candidate}"
     if coefficients:
         yield f"{coefficients.effective:.2f} of {len(coefficients.labels)}", "effective candidates"
     if summary and summary.distance is not None:
@@ -191,7 +191,7 @@ def _levels(compared: Mapping[str, Mapping[str, float]], keys: list[str]) -> lis
     return [
         Level(name, compared[name][key], color)
         for key in keys[:1]
-        for name, color in ((comparison.single(compared), 3), (comparison.CENTER, 0))
+        for name, color in ((comparison.compared_candidate(compared), 3), (comparison.CENTER, 0))
         if key in compared.get(name, {})
     ]
 
