@@ -108,7 +108,7 @@ def test_message_lists_tensors_with_their_own_coefficients() -> None:
 
 
 def test_a_model_without_trained_experts_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"groups: 'expert' asked for, but none of the 2 trained tensors .*'weight'"):
+    with pytest.raises(ConfigError, match=r"groups: 'expert' is set, but none of the 2 trained tensors .*'weight'"):
         twa_scale.attach(nn.Linear(2, 2), [nn.Linear(2, 2).state_dict()] * 2, {"groups": "expert"})
     with pytest.raises(ConfigError, match="none of the 2 trained tensors"):
         twa_scale.attach(Mixture(), states(), {"groups": "expert", "include": ["head"]})

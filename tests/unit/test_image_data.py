@@ -205,7 +205,7 @@ def test_row_groups_are_shuffled_and_read_once(tmp_path: Path, monkeypatch: pyte
     )
     task = task_of(f"{__name__}:Wrapped", train=str(tmp_path / "a.parquet"), image_size=8)
     data: Any = task.dataset("train")
-    assert data.stretches == (8, 8, 8, 8, 8)
+    assert data.chunk_sizes == (8, 8, 8, 8, 8)
 
     def order(rank: int, size: int, step: int) -> list[int]:
         (batch,) = make_batches(data, "train", 8, None, rank, size, 0).training(step)

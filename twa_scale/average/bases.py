@@ -77,7 +77,7 @@ class LinearBasis(Basis):
         k = max(max(c.shape[1] for c in columns), 1)
         if num_components is not None and k < num_components:
             raise ConfigError(
-                f"num_components: {num_components} asked for, but {n} candidates have only {k} directions that are not "
+                f"num_components: {num_components} is set, but {n} candidates have only {k} directions that are not "
                 f"numerically zero; use at most {k}."
             )
         matrix = torch.stack([torch.nn.functional.pad(c, (0, k - c.shape[1])) for c in columns])

@@ -57,7 +57,7 @@ def export(
     names = [name for names_of_tensor in layout.names_in_candidates.values() for name in names_of_tensor]
     with pods.agree():
         chosen = output_format(options.form, candidates, carried, notice if pods.rank == 0 else ignore_notice)
-    stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, options.dtype)
+    stored = form_of_candidates(candidates[-1:] if chosen.keeps_dtypes else candidates, names, options.dtype)
     arguments = writing_options(carried, provenance, options, chosen)
     group = engine.shard_group
     with pods.agree():
@@ -69,7 +69,11 @@ def export(
             with group.agree():
                 _require_one_tensor(writer.shared, layout, stored)
             write_live(writer, engine, layout.names_in_candidates, stored, progress)
-    if pods.rank == 0 and options.dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
+    if (
+        pods.rank == 0
+        and options.dtype is None
+        and (text := types_notice(candidates, names, of_last=chosen.keeps_dtypes))
+    ):
         notice(text)
 
 

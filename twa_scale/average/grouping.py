@@ -56,7 +56,7 @@ def group_tensors(
     names = group_names(trained, groups)
     if groups == "expert" and not any(name in stacked or expert_of(name) for name in trained):
         raise ConfigError(
-            f"groups: 'expert' asked for, but none of the {len(trained)} trained tensors belongs to an expert: they "
+            f"groups: 'expert' is set, but none of the {len(trained)} trained tensors belongs to an expert: they "
             "are neither in modules such as `experts.0`, nor stacked as (experts, ..) in a module such as `experts`. "
             f"Names look like {quoted(trained)}. Use block or tensor, or regular expressions."
         )
@@ -98,7 +98,7 @@ def experts_line(groups: Sequence[str], trained: Collection[str], stacked: Colle
 
 
 def unequal_line(shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Experts]) -> str | None:
-    """Return a line about tensors that stack no experts although a tensor of their module does, or None.
+    """Return a line about tensors that stack no experts, in modules with tensors that do; None if there are none.
 
     Args:
         shapes: the shapes of the trained tensors.

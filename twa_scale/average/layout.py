@@ -145,33 +145,33 @@ def match(
     used = set(matches.values())
     leftover = [name for name in candidate_names if name not in used]
     hint = _prefix_hint(leftover, [name for name in known if name not in matches]) if config.prefix is None else ""
-    held_as = _stored_names(parameters, matches, candidate_names, candidates[0], may_be_missing, hint)
+    stored_as = _stored_names(parameters, matches, candidate_names, candidates[0], may_be_missing, hint)
     found_buffers = _match_buffers(buffers, matches, candidate_names, candidates[0], config, may_be_missing)
     _refuse_leftovers(leftover, known, candidates[0], hint)
-    kept = [name for name in (*parameters, *buffers) if name not in held_as and name not in found_buffers]
+    kept = [name for name in (*parameters, *buffers) if name not in stored_as and name not in found_buffers]
     kept = [name for name in kept if may_be_missing(name)]
     base = [name for name in kept if adapter and not adapter.holds(name)]
     kept = [name for name in kept if not adapter or adapter.holds(name)]
     shapes = {name: info.shape for name, info in parameters.items()}
-    wanted_shapes = {alias: shapes[name] for name, aliases in held_as.items() for alias in aliases}
+    wanted_shapes = {alias: shapes[name] for name, aliases in stored_as.items() for alias in aliases}
     wanted_shapes |= {matches[name]: tuple(buffers[name].shape) for name in found_buffers}
     _check_shapes(wanted_shapes, candidates[0])
     in_sum = summed(candidates[-1])
-    all_summed = frozenset(name for name, (source, *_) in held_as.items() if source in in_sum)
-    trainable = [name for name, info in parameters.items() if info.trainable and name in held_as]
+    all_summed = frozenset(name for name, (source, *_) in stored_as.items() if source in in_sum)
+    trainable = [name for name, info in parameters.items() if info.trainable and name in stored_as]
     trained = selected([name for name in trainable if name not in all_summed], config.include, config.exclude)
-    _require_any(trained, len(trainable), len(held_as), has_adapter=adapter is not None)
+    _require_any(trained, len(trainable), len(stored_as), has_adapter=adapter is not None)
     grouping = group_tensors(trained, config.groups, shapes, stacked or {})
     return Layout(
         groups=grouping.groups,
         group_of=grouping.group_of,
         experts=grouping.experts,
-        fixed=tuple(name for name in held_as if name not in grouping.group_of),
+        fixed=tuple(name for name in stored_as if name not in grouping.group_of),
         summed=all_summed,
         kept=tuple(kept),
         base=tuple(base),
         buffers=found_buffers,
-        names_in_candidates={**held_as, **{name: (matches[name],) for name in found_buffers}},
+        names_in_candidates={**stored_as, **{name: (matches[name],) for name in found_buffers}},
     )
 
 

@@ -27,7 +27,7 @@ def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
     basis_class(config.basis).check(config, center_weights)
     if config.num_components is not None and config.num_components >= n:
         raise ConfigError(
-            f"num_components: {config.num_components} asked for, but {n} candidates span at most {n - 1} directions."
+            f"num_components: {config.num_components} is set, but {n} candidates span at most {n - 1} directions."
         )
 
 

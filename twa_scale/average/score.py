@@ -15,7 +15,7 @@ def agreed_score(pods: Pods, value: Any, caller: str) -> float:
     Args:
         pods: all ranks.
         value: the score of this rank.
-        caller: the function that asked for it, for messages.
+        caller: the function that needs the score, for messages.
 
     Raises:
         ConfigError: the score is not a number, or differs between ranks; on every rank.

@@ -22,9 +22,8 @@ def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
         with ExitStack() as modes:
             if torch.is_inference_mode_enabled():
                 modes.enter_context(torch.inference_mode(False))
-            if (
-                torch.empty(0).device.type != "cpu"
-            ):  # in a `with torch.device`, get_default_device of torch 2.6 is wrong
+            # A new tensor shows the default device: in a `with torch.device`, get_default_device of torch 2.6 is wrong.
+            if torch.empty(0).device.type != "cpu":
                 modes.enter_context(torch.device("cpu"))
             return function(*args, **kwargs)
 

@@ -134,9 +134,8 @@ class Url:
             fs, path = self._opened()
             listing = fs.ls(path, detail=True)
         for info in listing:
-            if info["name"].rstrip("/") != path.rstrip(
-                "/"
-            ):  # object stores also list the directory itself if it was created
+            # Object stores also list the directory itself if it was created.
+            if info["name"].rstrip("/") != path.rstrip("/"):
                 yield self._of(fs, info["name"], info)
 
     def matches(self) -> list["Url"]:

@@ -32,9 +32,8 @@ class Converted(CandidateProxy):
 
     def _check(self) -> None:
         num_elements = {stored: prod(self._shape_of(stored)) for stored in self._conversion.stored()}
-        used = Counter(
-            {stored: num_elements[stored] for stored in self._conversion.names.values()}
-        )  # tied tensors count once
+        # The keys are unique, so that tied tensors count once.
+        used = Counter({stored: num_elements[stored] for stored in self._conversion.names.values()})
         for name, one in self._made.items():
             if self.dtype(name).is_complex:
                 raise CandidateError(

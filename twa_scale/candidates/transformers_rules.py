@@ -100,9 +100,8 @@ class TransformersRules:
     def _converted(self, live: str, rule: Any, sources: Mapping[str, list[str]], label: str) -> dict[str, Traced]:
         try:
             converted = rule.convert(live, model=self._model, config=self._model.config)
-            made = _single(
-                converted[0] if isinstance(converted, tuple) else converted
-            )  # transformers 5.0 also returns errors
+            # transformers 5.0 also returns errors.
+            made = _single(converted[0] if isinstance(converted, tuple) else converted)
         except Exception as error:  # code of another library may raise any error
             _refuse_lacking(live, sources, None, label)
             names = sorted(source for group in sources.values() for source in group)

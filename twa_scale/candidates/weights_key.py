@@ -72,9 +72,8 @@ class WeightsKey:
         chosen = next(iter(weights.values()))[:-1]
         containers = _containers(chosen, shapes)
         others = {path: shape for path, shape in shapes.items() if path[: len(chosen) + 1] not in containers}
-        if _max_below(chosen, others, objects) > len(
-            weights
-        ):  # for example a loss next to the weights under another key
+        # For example, `chosen` is a loss next to the weights, which are under another key.
+        if _max_below(chosen, others, objects) > len(weights):
             raise _not_found_error(shapes, label, objects, other_tensors=list(weights))
         self._refuse_objects({path[-1]: item for path, item in objects.items() if path[:-1] == chosen}, label)
         self._refuse_containers({path[-1] for path in containers}, label)

@@ -290,9 +290,8 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
 def _batches(trainer: Any) -> Iterator[Any]:
     """Return the batches of the epochs after those of the training."""
     loader = trainer.fit_loop._combined_loader
-    has_started = (
-        trainer.fit_loop.epoch_progress.current.started
-    )  # also in a checkpoint that was written within an epoch
+    # It also counts the epoch in which a checkpoint was written.
+    has_started = trainer.fit_loop.epoch_progress.current.started
 
     def set_epoch(epoch: int) -> None:
         for dataloader in loader.flattened:

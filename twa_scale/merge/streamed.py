@@ -84,7 +84,7 @@ def merge(
     carried = carried or CarriedFiles()
     with group.agree():
         chosen = output_format(output.form, candidates, carried, notice if group.rank == 0 else ignore_notice)
-    stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, output.dtype)
+    stored = form_of_candidates(candidates[-1:] if chosen.keeps_dtypes else candidates, names, output.dtype)
     tensors = [whole_tensor(name, candidates[-1].shape(name)) for name in names]
     with group.agree():
         _check_replace({name: candidates[-1].shape(name) for name in names}, combination.values)
@@ -105,7 +105,7 @@ def merge(
     if group.rank == 0:
         if text := copied_notice(copied, [candidate.label for candidate in candidates]):
             notice(text)
-        if output.dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
+        if output.dtype is None and (text := types_notice(candidates, names, of_last=chosen.keeps_dtypes)):
             notice(text)
     return checksums
 
@@ -180,9 +180,8 @@ class _Merger:
         self.values = self.combination.values
         self.checksums: Checksums = [{} for _ in self.candidates]
         self.differing: dict[str, int] = {}
-        self.of_rows = lru_cache(1)(
-            lambda name: self.row_weights[name]()
-        )  # many consecutive parts belong to one tensor
+        # The last result is enough, because the parts of a tensor are consecutive.
+        self.of_rows = lru_cache(1)(lambda name: self.row_weights[name]())
 
     def merge(self, pieces: Iterable[Span], progress: Progress | None) -> None:
         """Read, combine and write the pieces."""

@@ -16,9 +16,8 @@ from twa_scale.ranks import Group
 
 _LOG = logging.getLogger(__name__)
 _POLL = 0.2  # seconds between two checks of the markers of other ranks
-_WAIT_SECONDS = (
-    120.0  # seconds without progress of other ranks, after which a program at its end stops waiting for them
-)
+_WAIT_SECONDS = 120.0
+"""Seconds without progress of other ranks, after which a program at its end stops waiting for them."""
 
 
 class BackgroundWrite:
@@ -120,7 +119,7 @@ class BackgroundWrite:
         self._writer.publish(self._files, self._published)
 
     def _all_written(self) -> bool:
-        """Wait for the markers of all ranks or the result of `join`; give up on missing ranks after `_GRACE`."""
+        """Wait for the markers of all ranks or the result of `join`; give up on missing ranks after `_WAIT_SECONDS`."""
         progress: object = None
         last_change = time.monotonic()
         while not self._decided.wait(_POLL):

@@ -54,7 +54,7 @@ def writing_options(
             of this format read only one.
         form: the format of the weight files.
     """
-    if form.of_last:
+    if form.keeps_dtypes:
         carried = replace(carried, wider=None)
     files = carried.files_for(options.dtype)
     return {

@@ -19,7 +19,7 @@ from twa_scale.config import RunConfig
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.output import parse_size
 from twa_scale.ranks import Group, World, require_same_settings, set_collective_timeout
-from twa_scale.run.batches import Batches, cut, make_batches
+from twa_scale.run.batches import Batches, divide_batch, make_batches
 from twa_scale.run.best import BestAverage
 from twa_scale.run.best_start import start_at_best
 from twa_scale.run.engines import pod_mesh, run_engine
@@ -73,7 +73,7 @@ class AttachedRun:
                 per_epoch = self.training.per_epoch
                 self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * per_epoch))
             held_out = self._examples(config.evaluate_split)  # may be less than a batch
-            micro, _ = cut(config.batch_size, config.micro_batch_size, self.group.size)
+            micro, _ = divide_batch(config.batch_size, config.micro_batch_size, self.group.size)
             self.held_out = Batches(held_out, config.batch_size, micro, self.group.rank, self.group.size, config.seed)
             parse_size(config.max_shard_size)
             self.kept = BestAverage(self.task, config)

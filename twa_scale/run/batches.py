@@ -35,22 +35,22 @@ class Batches:
     def training(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of this rank at `step`. The order is shuffled in every epoch."""
         epoch, position = divmod(step, self.per_epoch)
-        # the numbers of examples that are read together: see Examples
-        stretches = tuple(getattr(self.examples, "stretches", ())) or (len(self.examples),)
-        order = _order(stretches, self.seed, epoch)
+        # The numbers of consecutive examples that are read together; see `Examples`.
+        chunk_sizes = tuple(getattr(self.examples, "chunk_sizes", ())) or (len(self.examples),)
+        order = _order(chunk_sizes, self.seed, epoch)
         share = self.batch_size // self.size
         start = position * self.batch_size + self.rank * share
         for first in range(start, start + share, self.micro_batch_size):
             yield stack([self.examples[i] for i in order[first : first + self.micro_batch_size].tolist()])
 
     @property
-    def _once(self) -> Examples:
+    def _unique_examples(self) -> Examples:
         """The examples, each once, without the repetitions of training."""
-        return getattr(self.examples, "once", self.examples)
+        return getattr(self.examples, "without_repeats", self.examples)
 
     def num_in_order(self, limit: int | None = None) -> int:
         """Return the number of global batches of `in_order`. The last one may be smaller."""
-        total = -(-len(self._once) // self.batch_size)
+        total = -(-len(self._unique_examples) // self.batch_size)
         return total if limit is None else min(limit, total)
 
     def in_order(self, limit: int | None = None, every: int = 1) -> Iterator[tuple[Batch, bool]]:
@@ -66,7 +66,7 @@ class Batches:
             limit: the largest number of global batches, so that the examples do not depend on the number of ranks.
             every: yield only each `every`-th of these global batches, starting with the first one.
         """
-        examples = self._once
+        examples = self._unique_examples
         starts = range(0, len(examples), self.batch_size)[: self.num_in_order(limit) : every]
         order = [i for start in starts for i in range(start, min(start + self.batch_size, len(examples)))]
         if (counts := getattr(examples, "token_counts", None)) is not None:
@@ -83,14 +83,14 @@ class Batches:
 
 
 @lru_cache(maxsize=2)
-def _order(stretches: tuple[int, ...], seed: int, epoch: int) -> torch.Tensor:
-    """Return a random order of runs of consecutive examples, and of the examples in each run."""
+def _order(chunk_sizes: tuple[int, ...], seed: int, epoch: int) -> torch.Tensor:
+    """Return a random order of chunks of consecutive examples, and of the examples in each chunk."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    if len(stretches) == 1:
-        return torch.randperm(stretches[0], generator=generator)
-    firsts = [0, *accumulate(stretches)]
-    shuffled = torch.randperm(len(stretches), generator=generator).tolist()
-    return torch.cat([firsts[i] + torch.randperm(stretches[i], generator=generator) for i in shuffled])
+    if len(chunk_sizes) == 1:
+        return torch.randperm(chunk_sizes[0], generator=generator)
+    firsts = [0, *accumulate(chunk_sizes)]
+    shuffled = torch.randperm(len(chunk_sizes), generator=generator).tolist()
+    return torch.cat([firsts[i] + torch.randperm(chunk_sizes[i], generator=generator) for i in shuffled])
 
 
 def make_batches(
@@ -110,7 +110,7 @@ def make_batches(
     Raises:
         ConfigError: the batch cannot be divided equally among the ranks, or the split is smaller than one batch.
     """
-    micro, _ = cut(batch_size, micro_batch_size, size)
+    micro, _ = divide_batch(batch_size, micro_batch_size, size)
     if len(examples) < batch_size:
         raise ConfigError(
             f"batch_size: split {split!r} has {len(examples)} examples, less than one batch of {batch_size}."
@@ -118,7 +118,7 @@ def make_batches(
     return Batches(examples, batch_size, micro, rank, size, seed)
 
 
-def cut(batch_size: int, micro_batch_size: int | None, size: int) -> tuple[int, int]:
+def divide_batch(batch_size: int, micro_batch_size: int | None, size: int) -> tuple[int, int]:
     """Return the size of a micro-batch, and the number of micro-batches of a rank in a global batch.
 
     Raises:
@@ -128,7 +128,7 @@ def cut(batch_size: int, micro_batch_size: int | None, size: int) -> tuple[int, 
     micro = min(micro_batch_size or share, share)
     if rest or share % micro:
         raise ConfigError(
-            f"batch_size: {batch_size} examples cannot be cut into {size} ranks x micro-batches of {micro}; choose a "
-            f"multiple of {size * micro}."
+            f"batch_size: {batch_size} examples cannot be divided into {size} ranks x micro-batches of {micro}; choose "
+            f"a multiple of {size * micro}."
         )
     return micro, share // micro

@@ -69,7 +69,7 @@ def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, s
     for key, value in fixed.items():
         if key in settings.model_fields_set and getattr(settings, key) not in (value, "auto"):
             raise ConfigError(
-                f"{key}: {getattr(settings, key)!r} asked for, but the window holds the snapshots with {value!r}; "
+                f"{key}: {getattr(settings, key)!r} is set, but the window holds the snapshots with {value!r}; "
                 f"leave {key} out, or set it in window={{..}} before training."
             )
     return validated(

@@ -32,7 +32,7 @@ def make_rows(
     with pods.agree():
         if not lengths:
             raise ConfigError(
-                f"groups: {config.groups!r} asked for, but no trained tensor has more than one row. Use "
+                f"groups: {config.groups!r} is set, but no trained tensor has more than one row. Use "
                 f"{str(config.groups).removesuffix('+row')!r}."
             )
         if engine.replica_group.size < 1:

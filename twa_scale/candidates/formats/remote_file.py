@@ -45,7 +45,7 @@ class RemoteFile:
         if not fits:
             raise self._error(
                 description,
-                f"the server sent {len(content)} bytes, where {len(buffer)} were asked for: it does not serve ranges, "
+                f"the server sent {len(content)} bytes, where {len(buffer)} were requested: it does not serve ranges, "
                 "or is damaged",
             )
         buffer[:] = content

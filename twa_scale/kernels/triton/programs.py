@@ -43,7 +43,7 @@ def launches(rows: Dense | Packed, tiles: int) -> Iterator[tuple[int, int, bool]
 
 @triton.jit
 def clipped(at, element, lead, limit, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return the words and the blocks that a row has in tiles at the ends of a span, and which elements are there."""
+    """Return the number of words and of blocks of a row in a tile at an end of a span, and a mask of its elements."""
     used = tl.maximum(tl.minimum(BLOCK * FIELDS, limit - at), 0)
     return tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK, (element < used) & (at + element >= lead)
 

@@ -95,7 +95,7 @@ class OutputFormat(ABC):
 
     name: str
     """The name of the format in messages and settings."""
-    of_last = False
+    keeps_dtypes = False
     """Whether each tensor has the dtype of the last candidate, not the widest one of all."""
     extra_files: Sequence[tuple[str, Path]] = ()
     """Files to copy unchanged, by their path in the output directory."""

@@ -36,7 +36,7 @@ class SameSafetensorsFormat(SafetensorsFormat):
     """
 
     name = "same"
-    of_last = True
+    keeps_dtypes = True
 
     def __init__(self, entries: Mapping[str, Entry], file: str | None, extra_files: Sequence[tuple[str, Path]]) -> None:
         self._entries_of_candidate = entries

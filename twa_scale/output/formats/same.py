@@ -35,7 +35,7 @@ class SameFormat(OutputFormat):
     """
 
     name = "same"
-    of_last = True
+    keeps_dtypes = True
 
     def __init__(self, origin: Origin, root: Path, extra_files: Sequence[tuple[str, Path]]) -> None:
         self._origin = origin

@@ -26,7 +26,7 @@ class SameDeepSpeedFormat(OutputFormat):
     """
 
     name = "same"
-    of_last = True
+    keeps_dtypes = True
 
     def __init__(self, origin: Origin, root: Path, extra_files: Sequence[tuple[str, Path]]) -> None:
         self._origin = origin

@@ -44,8 +44,8 @@ def run_engine(config: RunConfig, world: World) -> RunEngine:
     pods = config.pods
     if world.size % pods:
         raise ConfigError(
-            f"pods: {world.size} {plural(world.size, 'rank')} cannot be cut into {pods} equal pods; start a multiple "
-            f"of {pods} ranks, or set pods to a divisor of {world.size}."
+            f"pods: {world.size} {plural(world.size, 'rank')} cannot be divided into {pods} equal pods; start a "
+            f"multiple of {pods} ranks, or set pods to a divisor of {world.size}."
         )
     if config.engine == "auto":
         name: EngineName = "fsdp2" if world.size > pods else "plain"

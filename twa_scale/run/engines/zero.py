@@ -15,7 +15,7 @@ from twa_scale.engines import ParameterInfo
 from twa_scale.engines.zero import stateless_optimizer
 from twa_scale.errors import ConfigError
 from twa_scale.ranks import World
-from twa_scale.run.batches import cut
+from twa_scale.run.batches import divide_batch
 from twa_scale.run.engines.own_values import candidates_leave_values
 from twa_scale.run.engines.run_engine import ELEMENT, Parameters, RunEngine, equal_part, largest, total
 from twa_scale.run.tasks import Task
@@ -170,7 +170,7 @@ def zero_settings(config: RunConfig, stage: int, ranks: int) -> dict[str, Any]:
         ConfigError: a batch size or the stage differs from that of the run.
     """
     settings_given = {k: v for k, v in (config.deepspeed or {}).items() if k not in ("optimizer", "scheduler")}
-    micro, accumulate = cut(config.batch_size, config.micro_batch_size, ranks)
+    micro, accumulate = divide_batch(config.batch_size, config.micro_batch_size, ranks)
     batch = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": micro,

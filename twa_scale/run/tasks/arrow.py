@@ -146,12 +146,8 @@ def pyarrow(module: str = "pyarrow") -> Any:
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Replace errors of pyarrow in a `with` block by a ConfigError that names the file."""
-    errors = (
-        OSError,
-        ValueError,
-        OverflowError,
-        pyarrow().ArrowException,
-    )  # includes UnicodeDecodeError for names of columns
+    # ValueError includes UnicodeDecodeError, for names of columns.
+    errors = (OSError, ValueError, OverflowError, pyarrow().ArrowException)
     try:
         yield
     except errors as error:

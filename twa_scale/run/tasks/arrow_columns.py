@@ -55,8 +55,8 @@ class _Mapped:
 class Column:
     """The values of a column in the rows of several files.
 
-    A row of a parquet file needs its whole row group, so the last row groups are kept, up to 256 MiB. `stretches` are
-    the lengths of the runs of consecutive rows that are best read together: row groups of 128 MiB, or mapped files.
+    A row of a parquet file needs its whole row group, so the last row groups are kept, up to 256 MiB. `chunk_sizes` are
+    the lengths of the chunks of consecutive rows that are best read together: row groups of 128 MiB, or mapped files.
     """
 
     def __init__(self, files: Sequence[Path], column: str, setting: str) -> None:
@@ -83,7 +83,7 @@ class Column:
         self._ends = list(accumulate(sizes))
         self._costs = costs
         self._cache: OrderedDict[int, Any] = OrderedDict()
-        self.stretches = _pieces(sizes, costs)
+        self.chunk_sizes = _pieces(sizes, costs)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

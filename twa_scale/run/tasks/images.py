@@ -136,7 +136,7 @@ class ImageTable:
         """
         self._column = Column(files, column, "task.image_key")
         self._labels, self._decoder = labels, decoder
-        self.stretches = self._column.stretches
+        self.chunk_sizes = self._column.chunk_sizes
 
     def __len__(self) -> int:
         return len(self._column)

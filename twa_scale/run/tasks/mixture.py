@@ -47,7 +47,7 @@ class Mixture:
         return self._count
 
     @cached_property
-    def once(self) -> "Mixture":
+    def without_repeats(self) -> "Mixture":
         """The same examples for an evaluation, each once."""
         return Mixture(self._sources, [len(source) for source in self._sources], "")
 

@@ -18,11 +18,11 @@ SPLITS = ("train", "validation", "test")
 class Examples(Protocol):
     """The examples of one split, read on access and in a fixed order. The training loop shuffles them.
 
-    The attribute `stretches` is optional: the lengths of runs of consecutive examples that are best read together, such
-    as those of a compressed block. The loop then shuffles the runs, and the examples in each run. The attribute `once`
-    is optional: the same examples without repetitions, each once. Evaluations use it. The attribute `token_counts` is
-    optional: the number of tokens of each example. Evaluations then put examples of similar length into a batch, so
-    that a task which drops the padding of a batch computes less.
+    Three attributes are optional. `chunk_sizes` are the lengths of chunks of consecutive examples that are best read
+    together, such as those of a compressed block. The loop then shuffles the chunks, and the examples in each chunk.
+    `without_repeats` has the same examples without repetitions. Evaluations use it. `token_counts` are the numbers of
+    tokens of the examples. Evaluations then put examples of similar length into a batch, so that a task which drops
+    the padding of a batch computes less.
     """
 
     def __len__(self) -> int:

@@ -216,5 +216,5 @@ def _mapped_bytes(tensors: _Tensors, local: dict[str, int]) -> int | None:
                 mapped(candidate, layout.source(name))
     except ConfigError:
         return None
-    everyone = range(len(candidates))
-    return job_bytes(candidates, ((Span(layout.source(name), 0, size), everyone) for name, size in local.items()))
+    all_candidates = range(len(candidates))
+    return job_bytes(candidates, ((Span(layout.source(name), 0, size), all_candidates) for name, size in local.items()))

@@ -250,10 +250,9 @@ def _numbers(entry: Any) -> dict[str, Any] | None:
     if not isinstance(entry, dict) or type(entry.get("step")) is not int:
         return None
     numbers = {key: value for key, value in entry.items() if type(value) in (int, float) and key != "epoch"}
-    if (
-        type(learning := numbers.get("twa_step")) is int
-    ):  # all steps of learning are logged at the last step of training
-        numbers["step"] = learning
+    # The Trainer logs all steps of learning with the last step of training.
+    if type(learning_step := numbers.get("twa_step")) is int:
+        numbers["step"] = learning_step
     return {_name(key): value for key, value in numbers.items()}
 
 
