@@ -114,6 +114,22 @@ def test_a_state_in_memory_can_be_loaded_twice() -> None:
     torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
+def test_an_export_reports_gradients_that_no_step_has_used(tmp_path: Path) -> None:
+    net = model()
+    twa = twa_scale.attach(net, candidates())
+    optimizer = torch.optim.AdamW(net.parameters())
+    for _ in range(2):
+        backward(net)
+        optimizer.step()
+    with pytest.warns(TwaWarning, match="no step was taken"):
+        twa.export(tmp_path / "out")
+    backward(net)
+    twa.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twa.export(tmp_path / "out", overwrite=True)
+
+
 def test_a_step_inside_weights_is_refused() -> None:
     net = model()
     twa = twa_scale.attach(net, candidates())

@@ -31,8 +31,8 @@ def test_command_line_prints_one_line() -> None:
     program = """
 import twa_scale.cli.program as cli
 from twa_scale.base.notices import notice
-cli.app = lambda **_: [notice(text) for text in ("a [b] 'c'", "a [b] 'c'", "d")]
+cli.app = lambda **_: [notice(text) for text in ("a [b] 'c'", "a [b] 'c'", "x:a:0.5")]
 cli.main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr.splitlines() == ["note: a [b] 'c'", "note: d"]
+    assert done.stderr.splitlines() == ["note: a [b] 'c'", "note: x:a:0.5"]

@@ -181,6 +181,15 @@ def test_a_key_may_be_a_prefix_of_names(tmp_path: Path, save: Callable[..., Any]
     assert holds(opened([spec], weights_key="ema")[0][0], ema)
 
 
+def test_the_state_of_an_optimizer_is_no_candidate() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    message = refused([optimizer.state_dict()])
+    assert "state of an optimizer only" in message and "weights_key" not in message
+
+
 def test_errors_name_keys_with_tensors() -> None:
     message = refused([{"net": weights(), "ema": weights(1), "optimizer": {"m": weights()}}])
     assert "holds no tensors" in message and "'ema', 'net'" in message and "`weights_key`" in message
@@ -244,6 +253,8 @@ FLOAT8 = torch.zeros(4, 3).to(torch.float8_e4m3fn)
         ({"a.experts_blocks": BYTES, "a.experts_scales": BYTES}, "uint8 codes"),
         ({"a._weight_qdata": INTS.to(torch.int8), "a._weight_scale": SCALE}, "int8 codes"),
         ({"a.weight": INTS.to(torch.int8)}, "codes of type int8"),
+        ({"a.int_weight": INTS.to(torch.int8), "a.delta": SCALE}, "codes of type int8"),
+        ({"a.bitmask": BYTES, "a.compressed": torch.ones(6)}, "compressed-tensors, sparse"),
         ({"a.weight": INTS.to(torch.uint32), "a.scales": SCALE, "a.biases": SCALE}, "uint32 codes"),
         ({"a.qweight": INTS, "a.lookup_table": torch.ones(4, 2)}, "SqueezeLLM"),
         ({"a.B": INTS, "a.s": SCALE}, "Marlin"),
@@ -259,6 +270,19 @@ def test_quantized_weights_are_refused(tmp_path: Path, tensors: Tensors, expecte
     assert message.startswith(str(spec)) and expected_message in message and repr(next(iter(tensors))) in message
     assert "dequantize" in message
     assert holds(opened([spec], ignore=[r"^a\.[^w]|^a\.weight"])[0][0], {"b.bias": weights()["b.bias"]})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected_message"),
+    [
+        ({"a.weight": torch.empty(0), "a.bias": torch.ones(3)}, "no elements are in 'a.weight'"),
+        ({"a": torch.empty(0), "b": torch.empty(0)}, "no elements are in 'a', 'b'"),
+        ({"cpu": BYTES, "cuda": BYTES}, "no floating point numbers"),
+    ],
+    ids=["placeholder", "all empty", "random state"],
+)
+def test_candidates_without_numbers_are_refused(tensors: Tensors, expected_message: str) -> None:
+    assert expected_message in refused([tensors])
 
 
 def test_integers_and_float8_that_are_not_codes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import twa_scale
 from tests.sums import weighted
 from twa_scale import ConfigError, TwaWarning
 from twa_scale.average.state import save_state
-from twa_scale.candidates.buffers import is_statistic, spectral_vectors
+from twa_scale.candidates.buffers import is_statistic, own_buffers
 from twa_scale.merge import average_fixed, export_run
 
 N = 3
@@ -183,16 +183,21 @@ def test_names_of_buffers() -> None:
     others = ["running", "a.prerunning_mean", "running_mean.weight", "mean", "num_batches_tracked"]
     assert all(map(is_statistic, statistics)) and not any(map(is_statistic, others))
     vectors = ["a.weight_u", "a.weight_v", "w_u", "b.parametrizations.bias.1._u"]
-    beside = ["a.weight_orig", "w_bar", "b.parametrizations.bias.original"]
+    vectors += ["a.weight_mask", "q.min_val", "q.max_val", "q.scale"]
+    beside = ["a.weight_orig", "w_bar", "b.parametrizations.bias.original", "q.fake_quant_enabled"]
+    beside += ["learned.scale", "learned.fake_quant_enabled", "learned.learning_enabled"]
     others = [
         "weight_u",
+        "weight_mask",
+        "min_val",
+        "norm.scale",
         "lora_v",
         "c.weight_u",
         "c.weight",
         "d.parametrizations.bias.0._u",
         "b.parametrizations.bias.1.u",
     ]
-    assert spectral_vectors([*vectors, *beside, *others]) == set(vectors)
+    assert own_buffers([*vectors, *beside, *others]) == set(vectors)
 
 
 def test_equal_copies_are_not_reported(tmp_path: Path, recwarn: Any) -> None:

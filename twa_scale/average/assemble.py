@@ -108,8 +108,8 @@ def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
 def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
     # The A of products have no coefficients, but candidates may differ only in them.
     averaged = {layout.source(name) for name in (*layout.group_of, *layout.summed)}
-    for first, second in copies(fingerprint.labels, fingerprint.checksums_of(averaged)):
-        notice(f"candidates {first} and {second} have the same checksum in every tensor: one of them is redundant.")
+    for equal in copies(fingerprint.labels, fingerprint.checksums_of(averaged)):
+        notice(f"candidates {equal} have the same checksum in every tensor: one of them is enough.")
 
 
 def _rounding(config: TwaConfig, pods: Pods, store: Store, errors: torch.Tensor, gram: torch.Tensor) -> Rounding | None:

@@ -234,6 +234,12 @@ class TrainableAverage(Stateful):
         )
         if change:
             notice(change)
+        if self._step.only_received and self.pods.rank == 0:
+            notice(
+                "backward passes have computed gradients, but no step was taken since attach, so the export is the "
+                "average that attach wrote. Call twa.step() or twa.optimizer.step(); the steps of other optimizers do "
+                "not train it."
+            )
 
     @while_open
     def can_start_from(self, which: Which, *, exactly: bool = False) -> bool:

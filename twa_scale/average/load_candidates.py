@@ -11,7 +11,7 @@ from twa_scale.average.basis import Gram
 from twa_scale.average.layout import Layout, alias_jobs
 from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.buffers import buffer_source, spectral_vectors
+from twa_scale.candidates.buffers import buffer_source, own_buffers
 from twa_scale.candidates.fingerprint import Fingerprint, fingerprint_of
 from twa_scale.candidates.proxy import stored_once
 from twa_scale.candidates.read_ahead import Progress, job_bytes
@@ -124,7 +124,7 @@ def _read_spans(
     The squared norms of the rounding errors of a packed store are added to `errors`, (n,).
     """
     live = {layout.in_candidates(span): span for span in layout.read(engine.spans())}
-    vectors = spectral_vectors({name for names in layout.names_in_candidates.values() for name in names})
+    of_one = own_buffers({name for names in layout.names_in_candidates.values() for name in names})
     targets: dict[Span, Target] = {}
     sums: list[Span] = []
     copied: dict[Span, int] = {}
@@ -134,7 +134,7 @@ def _read_spans(
             targets[read] = replace(store.reserve(span), products=products, errors=errors)
         elif span.name in layout.summed:
             sums.append(read)
-        elif engine.parameters[span.name].dtype.is_floating_point and read.name not in vectors:
+        elif engine.parameters[span.name].dtype.is_floating_point and read.name not in of_one:
             targets[read] = Target(center=engine.live(span))
         else:
             copied[read] = len(weights) - 1

@@ -51,6 +51,11 @@ class CoefficientStep:
         self.count = 0
         """The number of steps that have changed the coefficients."""
 
+    @property
+    def only_received(self) -> bool:
+        """Whether this rank has received a gradient since attach, but no step has used one."""
+        return self.count == 0 and self._gradients.received
+
     def project(self, span: Span, gradient: torch.Tensor) -> None:
         """Add the products of the gradient of one span, 1-D."""
         self._gradients.project(span, gradient, in_step=self._draining)

@@ -11,8 +11,15 @@ Source = Sequence[float] | int
 
 _STATISTIC = re.compile(r"(^|\.)(running|moving)_(mean|var|variance|std|avg|average)$")
 _COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
-_PARAMETRIZATION = re.compile(r"^(?P<stem>(.*\.)?parametrizations\.[^.]+)\.\d+\._[uv]$")
-_HOOK = re.compile(r"^(?P<stem>.*)_[uv]$")
+_NEIGHBORS = (
+    (re.compile(r"^(?P<stem>(.*\.)?parametrizations\.[^.]+)\.\d+\._[uv]$"), (".original",), None),
+    (re.compile(r"^(?P<stem>.*)_[uv]$"), ("_orig", "_bar"), None),
+    (re.compile(r"^(?P<stem>.*)_mask$"), ("_orig",), None),
+    (re.compile(r"^(?P<stem>(.*\.)?)min_val$"), ("max_val",), None),
+    (re.compile(r"^(?P<stem>(.*\.)?)max_val$"), ("min_val",), None),
+    (re.compile(r"^(?P<stem>(.*\.)?)scale$"), ("fake_quant_enabled",), "learning_enabled"),
+)
+"""Patterns of names of buffers, the ends of names beside them, and the end of a name that shows a parameter."""
 
 
 def is_statistic(name: str) -> bool:
@@ -20,22 +27,23 @@ def is_statistic(name: str) -> bool:
     return _STATISTIC.search(name) is not None
 
 
-def spectral_vectors(names: Collection[str]) -> set[str]:
-    """Return the vectors u and v of spectral norms, which belong to the weight of one candidate.
+def own_buffers(names: Collection[str]) -> set[str]:
+    """Return buffers that belong to the weights of one candidate, recognized by other tensors of the module.
 
-    They are recognized by other tensors of the module: `weight_u` with `weight_orig` (`torch.nn.utils.spectral_norm`)
-    or `weight_bar`; `parametrizations.weight.0._u` with `parametrizations.weight.original`.
+    - the vectors u and v of spectral norms: `weight_u` beside `weight_orig` (`torch.nn.utils.spectral_norm`) or
+      `weight_bar`; `parametrizations.weight.0._u` beside `parametrizations.weight.original`
+    - masks of `torch.nn.utils.prune`: `weight_mask` beside `weight_orig`
+    - observers and scales of quantization-aware training: `min_val` beside `max_val`, `scale` beside
+      `fake_quant_enabled`, unless `learning_enabled` shows that the scale is trained
     """
-    result = set()
+    result, names = set(), set(names)
     for name in names:
-        if match := _PARAMETRIZATION.match(name):
-            neighbors = {f"{match['stem']}.original"}
-        elif match := _HOOK.match(name):
-            neighbors = {f"{match['stem']}_orig", f"{match['stem']}_bar"}
-        else:
-            continue
-        if not neighbors.isdisjoint(names):
-            result.add(name)
+        for pattern, neighbors, unless in _NEIGHBORS:
+            match = pattern.match(name)
+            if not match or (unless and f"{match['stem']}{unless}" in names):
+                continue
+            if any(f"{match['stem']}{neighbor}" in names for neighbor in neighbors):
+                result.add(name)
     return result
 
 

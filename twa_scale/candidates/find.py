@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +134,28 @@ def _without_copies(named: Sequence[_Named], notify: Notify) -> list[_Named]:
     return [item for item in named if not (item.pattern and item.source in copies)]
 
 
-def copies(labels: Sequence[str], checksums: Sequence[Any]) -> list[tuple[str, str]]:
-    """Return the pairs of candidates with equal checksums, such as a directory and its copy.
+def copies(labels: Sequence[str], checksums: Sequence[Any]) -> list[str]:
+    """Return the names of the candidates of each group with equal checksums, such as a directory and its copies.
 
-    A pair of paths of the same files is left out, because it is reported when the candidates are found.
+    Further paths of the same files are left out, because they are reported when the candidates are found.
 
     Args:
         labels: the labels of the candidates.
         checksums: the checksums of the tensors of each candidate, in a form that can be compared. Empty ones are not
             compared.
     """
-    pairs = combinations(zip(labels, checksums, strict=True), 2)
-    return [(first, second) for (first, a), (second, b) in pairs if a and a == b and not _same_files(first, second)]
+    groups: list[tuple[Any, list[str]]] = []
+    for label, sums in zip(labels, checksums, strict=True):
+        members = next((members for other, members in groups if other == sums), None)
+        if members is None:
+            groups += [(sums, [label])] if sums else []
+        elif not any(_same_files(label, member) for member in members):
+            members.append(label)
+    return [
+        f"{first} and {and_more(others)}" if len(others) < 2 else f"{first}, {and_more(others)}"
+        for _, (first, *others) in groups
+        if others
+    ]
 
 
 def _same_files(first: str, second: str) -> bool:

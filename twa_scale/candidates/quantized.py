@@ -20,6 +20,7 @@ _SCALES = re.compile(r"scale|absmax|zero|scb|quant|codebook", re.IGNORECASE)
 _SCALES_ALONE = re.compile(
     r"_?(scales?(_inv|_\w*weight)?|zeros?|zero_points?|absmax|scb|quant\w*|codebooks?)", re.IGNORECASE
 )
+_WEIGHT = re.compile(r"^(?!.*mask)(.*_)?q?weight(_|$)")
 _ENDS_OF_CODES = re.compile(r"_(blocks|codes|packed|qdata|weight)$")
 _FIX = (
     "Codes and scales cannot be averaged element by element: give the candidates from before quantization, "
@@ -53,6 +54,7 @@ _METHODS = (
     _Method("AQLM", r"codes", r"codebooks"),
     _Method("compressed-tensors", r"weight_packed", r"weight_(scale|shape|zero_point)"),
     _Method("compressed-tensors", r"weight", r"(weight|input)_zero_point"),
+    _Method("compressed-tensors, sparse", r"bitmask", r"compressed"),
 )
 
 
@@ -101,7 +103,7 @@ def _quantization(candidate: Candidate, name: str, by_module: Mapping[str, Seque
         other = next((full for short, full in neighbors.items() if full != name and _scales(short, stem)), None)
         if other:
             return f"{kind} codes beside {other!r}"
-        if dtype not in _FLOAT8 and last in ("weight", "qweight"):
+        if dtype not in _FLOAT8 and (last in ("weight", "qweight") or (dtype.itemsize == 1 and _WEIGHT.search(last))):
             return f"codes of type {kind}"
     return None
 

@@ -53,7 +53,8 @@ def _check_one(label: str, traits: dict[str, Trait], expected: dict[str, Trait])
         if shape != expected_shape:
             raise CandidateError(
                 f"{label}: tensor {name!r} has shape {shape}, where the other candidates have "
-                f"{expected_shape}. Candidates must be of one architecture: leave this one out."
+                f"{expected_shape}. Candidates must be of one architecture: leave this one out"
+                f"{'' if kind == 'floating point' else ', or name the tensor in `ignore` (--ignore)'}."
             )
         if kind != expected_kind:
             raise CandidateError(

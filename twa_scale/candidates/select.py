@@ -98,6 +98,7 @@ def select(
                 f"{candidate.label}: holds no weights: every tensor {reason}. Leave this candidate out."
             )
         refuse_quantized(candidate, wanted.ignore, wanted.known)
+        _refuse_without_numbers(candidate, kept, wanted)
         selected.append(candidate if len(kept) == len(names) else View(candidate, dict(zip(kept, kept, strict=True))))
     lines = []
     if left_out:
@@ -109,6 +110,27 @@ def select(
         lines += inferred + _about_ignored(selected[0], wanted)
     selected, missing = complete(selected, wanted.ties)
     return selected, lines + missing + _about_factors(selected)
+
+
+def _refuse_without_numbers(candidate: Candidate, names: Sequence[str], wanted: Wanted) -> None:
+    """Refuse a candidate with empty weights, or without a floating point number.
+
+    Raises:
+        CandidateError: naming the tensors.
+    """
+    empty = [name for name in names if candidate.shape(name) == (0,)]
+    weights = [name for name in empty if name.rpartition(".")[2] == "weight" and wanted.parameters.get(name) != (0,)]
+    if weights or len(empty) == len(names):
+        raise CandidateError(
+            f"{candidate.label}: no elements are in {quoted(weights or empty)}. With DeepSpeed ZeRO-3, "
+            "model.state_dict() holds such placeholders: give the checkpoint that DeepSpeed writes, or save with "
+            "engine.save_16bit_model. Name tensors that are meant to be empty in `ignore` (--ignore)."
+        )
+    if not any(candidate.dtype(name).is_floating_point or candidate.dtype(name).is_complex for name in names):
+        raise CandidateError(
+            f"{candidate.label}: holds no floating point numbers to average: {quoted(names)} are integers, such as the "
+            "state of a random generator. Give a file of weights."
+        )
 
 
 def _about_ignored(candidate: Candidate, wanted: Wanted) -> list[str]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from twa_scale.base.names import and_more, matches_any, nearest, quoted
 from twa_scale.candidates.ema_lists import items_of, mismatch, parameters_of
-from twa_scale.candidates.entries import Keys, Shape, is_optimizer_entry
+from twa_scale.candidates.entries import Keys, Shape, is_optimizer_entry, optimizer_entries
 from twa_scale.candidates.formats.megatron import without_chain
 from twa_scale.errors import CandidateError
 
@@ -223,7 +223,12 @@ def _not_found_error(
 ) -> CandidateError:
     """Return the error for a file whose weights are not found. `other_tensors` are too few to be weights."""
     keys = quoted(sorted({".".join(path[:1]) for path in (*shapes, *objects)}))
-    sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1 and not is_optimizer_entry(path)})
+    state = optimizer_entries([".".join(path) for path in shapes])
+    if shapes and len(state) == len(shapes) and not objects:
+        return CandidateError(
+            f"{label}: holds the state of an optimizer only ({quoted(sorted(state))}). Give a file of weights."
+        )
+    sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1 and ".".join(path) not in state})
     hint = f" There are tensors under {quoted(sets)}: name one as `weights_key`." if sets else ""
     described = [f"{'.'.join(path)!r} ({item.kind})" for path, item in objects.items() if not is_optimizer_entry(path)]
     if described:

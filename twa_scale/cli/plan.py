@@ -58,7 +58,7 @@ def plan(
     if json:
         typer.echo(plan_json(planned, choices))
     else:
-        Console().print(plan_tables(planned, choices))
+        Console(emoji=False).print(plan_tables(planned, choices))
 
 
 def _plan_averages(config: "RunConfig", ranks: int, text: str, json: bool) -> None:
@@ -79,4 +79,4 @@ def _plan_averages(config: "RunConfig", ranks: int, text: str, json: bool) -> No
     if json:
         typer.echo(dumps({"ranks": ranks, "averages": nbytes, "sum": sum(nbytes.values())}, indent=2))
     else:
-        Console().print(averages_table(nbytes, ranks))
+        Console(emoji=False).print(averages_table(nbytes, ranks))

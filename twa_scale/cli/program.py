@@ -32,7 +32,7 @@ def _notices() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, TwaWarning):
-            Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+            Console(stderr=True, emoji=False).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
         else:
             default(message, category, *args, **kwargs)
 
@@ -57,4 +57,4 @@ def _print_error(error: TwaError) -> None:
         kind = "bad configuration" if isinstance(error, ConfigError) else type(error).__name__
         suffix = "" if world.rank == 0 else f" (rank {world.rank})"
         text = f"[bold red]{kind}{suffix}:[/] {escape(str(error))}"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(text, highlight=False, soft_wrap=True)

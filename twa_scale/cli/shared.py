@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def rendered(table: RenderableType) -> str:
     """Return a table as text with the width of the console."""
-    console = Console()
+    console = Console(emoji=False)
     with console.capture() as text:
         console.print(table)
     return text.get().rstrip()

@@ -9,7 +9,7 @@ from pathlib import Path
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate, open_together, wanted_from_options
 from twa_scale.candidates.adapters import Truncated, ranks_of
-from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, spectral_vectors
+from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, own_buffers
 from twa_scale.candidates.carry_over import carried_files
 from twa_scale.candidates.find import copies
 from twa_scale.candidates.read_ahead import Progress
@@ -140,10 +140,10 @@ def _report_equals(labels: Sequence[str], weights: Sequence[float], checksums: C
 
     Candidates of weight 0 are not compared, because not all of their tensors are read.
     """
-    for first, second in copies(list(compress(labels, weights)), list(compress(checksums, weights))):
+    for equal in copies(list(compress(labels, weights)), list(compress(checksums, weights))):
         notice(
-            f"candidates {first} and {second} have the same checksum in every tensor: if they are copies, the same "
-            "weights count twice."
+            f"candidates {equal} have the same checksum in every tensor: if they are copies, the same weights count "
+            "several times."
         )
 
 
@@ -151,13 +151,13 @@ def _combination(
     candidates: Sequence[Candidate], weights: Sequence[float], buffers: str | int, low: Truncated | None
 ) -> Combination:
     """Return the weights of each tensor. Tensors that `low` computes replace those of the last candidate."""
-    vectors, n = spectral_vectors(candidates[-1].names()), len(candidates)
+    buffers_of_one, n = own_buffers(candidates[-1].names()), len(candidates)
     units = low.units if low else {}
 
     def source(name: str) -> Source:
         if name in units:
             return [0.0] * (n - 1) + [1.0]
-        return buffer_source(name, buffers, weights) if name in vectors or is_statistic(name) else weights
+        return buffer_source(name, buffers, weights) if name in buffers_of_one or is_statistic(name) else weights
 
     return Combination(source, units=units)
 

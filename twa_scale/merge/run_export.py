@@ -9,7 +9,7 @@ from twa_scale.average.state import AverageState, load_state
 from twa_scale.base.names import matches_any
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate, Wanted, open_together
-from twa_scale.candidates.buffers import Source, buffer_source, spectral_vectors
+from twa_scale.candidates.buffers import Source, buffer_source, own_buffers
 from twa_scale.candidates.carry_over import carried_files
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.merge.combination import Combination, RowWeights
@@ -116,7 +116,7 @@ def _combination(twa: AverageState, candidates: Sequence[Candidate], row_weights
     """Return the weights of each tensor: the trained coefficients, or the weights of the center for other tensors."""
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
-    buffers = {*twa.buffer_names.values(), *spectral_vectors(candidates[-1].names())}
+    buffers = {*twa.buffer_names.values(), *own_buffers(candidates[-1].names())}
 
     def source(name: str) -> Source:
         if name in twa.group_of:

@@ -27,7 +27,7 @@ class Report:
 
     def __init__(self, *, active: bool = True) -> None:
         self.active = active
-        self._console = Console(stderr=True, quiet=not active)
+        self._console = Console(stderr=True, emoji=False, quiet=not active)
 
     def log(self, text: str) -> None:
         """Print one line, above a running bar."""
