@@ -33,8 +33,8 @@ SPECS = [TensorSpec(name, (1000,), torch.float32) for name in "abc"]
 
 def write(out: Path, generation: int) -> None:
     files = {"generation": str(generation).encode()}
-    messages = with_provenance(provenance("a test", []), files)
-    with writing(out, SPECS, Group.alone(), max_shard_size=4000, overwrite=True, **messages) as writer:
+    extra = with_provenance(provenance("a test", []), files)
+    with writing(out, SPECS, Group.alone(), max_shard_size=4000, overwrite=True, **extra) as writer:
         for spec in SPECS:
             writer.write(whole_tensor(spec.name, spec.shape), torch.full(spec.shape, generation, dtype=torch.float32))
 

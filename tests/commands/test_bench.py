@@ -45,20 +45,20 @@ def test_json_counts_every_byte() -> None:
     assert actual["threads"] == 1 and actual["elements"] == m
     deltas = {"dense32": 4 * n * m, "dense16": 2 * n * m}
     for name, size in deltas.items():
-        parts = {row["what"]: row for row in actual["stores"][name]}
+        parts = {row["name"]: row for row in actual["stores"][name]}
         assert parts["project"]["nbytes"] == size + 4 * m
         assert parts["combine"]["nbytes"] == size + 8 * m
         assert parts["update"]["nbytes"] == parts["project"]["nbytes"] + parts["combine"]["nbytes"]
     for row in [*actual["memory"], *actual["others"], *actual["stores"]["packed4"]]:
         assert row["seconds"] > 0 and row["rate"] == pytest.approx(row["nbytes"] / row["seconds"])
-    assert {"AdamW(fused=True)", "published project", "published combine"} <= {row["what"] for row in actual["others"]}
+    assert {"AdamW(fused=True)", "published project", "published combine"} <= {row["name"] for row in actual["others"]}
 
 
 def test_table_has_a_row_for_each_operation() -> None:
     actual = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
     assert bench_table(actual).row_count == 2 + 3 + 4 + 2
     by_row = run_bench(["packed1"], 1001, 2, None, "torch", CPU, row_length=100)
-    assert [row.what for row in by_row.stores["packed1"][3:]] == ["project, rows of 100", "combine, rows of 100"]
+    assert [row.name for row in by_row.stores["packed1"][3:]] == ["project, rows of 100", "combine, rows of 100"]
 
 
 @pytest.mark.parametrize(("store", "kernels"), [("packed3", "auto"), ("packed4", "fortran"), ("mapped", "auto")])
@@ -70,7 +70,7 @@ def test_stores_that_cannot_be_measured_are_refused(store: str, kernels: str) ->
 def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
     n, m = 3, 30_000
     names = ["packed4", "dense32", "mapped"]
-    actual = {row.what: row for row in run_streaming(names, m, n, "auto", CPU, tmp_path)}
+    actual = {row.name: row for row in run_streaming(names, m, n, "auto", CPU, tmp_path)}
     for label in ("plain read", *(f"attach, {name}" for name in names)):
         assert 2 * n * m < actual[label].nbytes < 2 * n * m + n * 500 and actual[label].seconds > 0
     for label in ("copy", "copy and sync", "export and sync"):
@@ -108,7 +108,7 @@ def found(*words: object) -> dict[str, Any]:
 
 
 def seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
-    return {row["what"]: row["seconds"] for row in rows}
+    return {row["name"]: row["seconds"] for row in rows}
 
 
 def test_estimated_step_of_a_configuration(config: Path, tmp_path: Path) -> None:
@@ -122,13 +122,13 @@ def test_estimated_step_of_a_configuration(config: Path, tmp_path: Path) -> None
     assert step["project"] == measured["project"] and step["combine"] == measured["combine"]
     parts = ("project", "reduction over 1 ranks", "coefficient step", "combine")
     assert step["step"] == pytest.approx(sum(step[part] for part in parts))
-    rates = {row["what"]: row["rate"] for row in result["streaming"]}
+    rates = {row["name"]: row["rate"] for row in result["streaming"]}
     assert step["attach"] == pytest.approx(plan.bytes_read / rates["attach, packed8"])
-    nbytes = {row["what"]: row["nbytes"] for row in run["stores"]["packed8"]}
+    nbytes = {row["name"]: row["nbytes"] for row in run["stores"]["packed8"]}
     assert nbytes["reduction over 1 ranks"] == 8 * (n + 1) * plan.num_groups
     # The measured tensors are the same, so the blocks of every tensor count, also partial ones.
     for row in result["stores"]["packed8"][:2]:
-        assert nbytes[row["what"]] == row["nbytes"]
+        assert nbytes[row["name"]] == row["nbytes"]
 
 
 def test_fewer_elements_are_scaled_up(config: Path) -> None:

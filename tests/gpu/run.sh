@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# run.sh [--tiny] [--device cpu] [stage ...]: what a machine with a GPU has to tell about this project, in under eight minutes.
-# Run it at the repository's root; `make gpu-wheels` has put into .gpu/wheels what such a machine may lack, and nothing is
-# downloaded here. Stages come in order of worth. Each is a process with a time limit of its own, and none stops the others.
-# Results go to $OUT (runs/gpu): table.md for docs/performance.md, results.json, log.txt. Ends with 1 where a stage failed.
+# run.sh [--tiny] [--device cpu] [stage ...]: measure and check this project on a GPU, in under eight minutes.
+# Run it in the root of the repository. It downloads nothing: `make gpu-wheels` collects missing packages in .gpu/wheels.
+# The most important stages come first. Each is a process with its own time limit. If one fails, the others still run.
+# Results are in $OUT (default: runs/gpu): table.md for docs/performance.md, results.json, log.txt. Exits with 1 if a stage failed.
 set -u
 out=${OUT:-runs/gpu} python=${PYTHON:-python3} limit=${SECONDS_IN_ALL:-470}
 mkdir -p "$out"

@@ -1,7 +1,7 @@
 """Wheels for a GPU machine without a network.
 
-`collect FOLDER` downloads them here. `install FOLDER` installs there what the machine lacks, without a network, and
-prints where. Torch and Triton have to be there. Versions are those of this environment.
+`collect FOLDER` downloads them, in the versions of this environment. `install FOLDER` installs the packages that the
+machine does not have, without a network, and prints the directory. Torch and Triton must be installed there.
 """
 
 import os
@@ -15,11 +15,11 @@ BINARY = [
     *("safetensors", "transformers", "tokenizers", "pytest", "pluggy", "iniconfig"),
 ]
 PURE = ["deepspeed", "fairscale"]
-"""Published as sources alone; their operations are not compiled."""
+"""Packages that are published as source distributions only. Their extensions are not compiled."""
 PYTHON = "3.12"
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64"]
 MEGABYTES = 64
-"""What a machine may be sent."""
+"""The maximum size of all wheels, in 10^6 bytes."""
 
 
 def collect(folder: Path) -> None:

@@ -263,13 +263,13 @@ def test_unsupported_trainer_settings_raise(tmp_path: Path) -> None:
     other = transformers.TwaCallback(ema=[DECAY])
     twa = twa_scale.attach(network(), [network(seed).state_dict() for seed in range(2)])
     coefficients = transformers.CoefficientsCallback(twa)
-    for callbacks, manual, messages in (
+    for callbacks, manual, message in (
         ((averaging, EMAWeightAveraging()), False, "EMAWeightAveraging also writes averages"),
         ((other,), False, "Lightning's Trainer needs that of twa_scale.integrations.lightning"),
         ((coefficients,), False, "CoefficientsCallback of .*Leave the callback out"),
         ((learning,), True, "training_step that returns the loss"),
     ):
-        with pytest.raises(ConfigError, match=messages):
+        with pytest.raises(ConfigError, match=message):
             trainer_with("manual", tmp_path, *callbacks).fit(Module(manual), data())
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `TwaCallback`"):
         trainer_with("manual", tmp_path, averaging, learning)

@@ -163,12 +163,12 @@ def write(kind: str, directory: Path) -> None:
         path = directory / "learned"
         half = str(path / f"checkpoint-{HALF}")
         actual = learned(path, 2, rows=True, given=True), learned(path, 2, half, rows=True, given=True)
-        messages = ""
+        message = ""
         try:
             learned(directory / "refused", 2, rows=True)
         except twa_scale.TwaError as error:
-            messages = str(error)
-        torch.save((*actual, messages), directory / f"coefficients-{trainer.args.process_index}.pt")
+            message = str(error)
+        torch.save((*actual, message), directory / f"coefficients-{trainer.args.process_index}.pt")
 
 
 if __name__ == "__main__":

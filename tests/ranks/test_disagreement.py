@@ -313,8 +313,8 @@ def test_rank_without_batches(ranks: Pool) -> None:
 )
 def test_metrics_that_cannot_be_averaged(ranks: Pool, wrong: dict[str, Any], words: list[str]) -> None:
     """An invalid metric of one rank is named on both, after all forward passes."""
-    rhs = metrics(loss=(1.0, 1))
-    error = ranks.error(measure, 2, by_rank=[[rhs, rhs], [wrong, rhs]])
+    valid = metrics(loss=(1.0, 1))
+    error = ranks.error(measure, 2, by_rank=[[valid, valid], [wrong, valid]])
     assert isinstance(error, TwaError) and all(word in str(error) for word in words), str(error)
 
 

@@ -412,7 +412,7 @@ def fail_on_one(where: str) -> dict[str, Any]:
 
     if where == "weights":
         with averages.weights("ema"):
-            messages = raised(lambda: fail_in(averages, fail))
+            message = raised(lambda: fail_in(averages, fail))
     else:
         work = getattr(learning, where)
 
@@ -423,7 +423,7 @@ def fail_on_one(where: str) -> dict[str, Any]:
 
         setattr(learning, where, failing)
         try:
-            messages = raised(averages.learn)
+            message = raised(averages.learn)
         finally:
             setattr(learning, where, work)
     restored = same_bits(before, everything(model))
@@ -434,7 +434,7 @@ def fail_on_one(where: str) -> dict[str, Any]:
     kept = same_bits(moved, everything(model)) and not same_bits(before, moved)
     averages.learn()
     averages.restore()
-    return {"said": messages, "restored": restored, "kept": kept}
+    return {"said": message, "restored": restored, "kept": kept}
 
 
 def fail_in(averages: Any, fail: Callable[[], None]) -> None:

@@ -177,17 +177,17 @@ def fail_at_the_end(engine: str) -> tuple[str, dict[str, Tensor], dict[str, Tens
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
     cases.one_step(model, twa, 0)
-    before, messages = everything(model), ""
+    before, message = everything(model), ""
     try:
         with twa.weights("last"):
             models.loss(model, models.part(models.batch(77), rank, size))
             if rank == size - 1:
                 raise OneRankError("no more disk space for predictions")
     except (OneRankError, RuntimeError) as error:
-        messages = str(error)
+        message = str(error)
     after = everything(model)
     cases.one_step(model, twa, 1)
-    return messages, before, after
+    return message, before, after
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
     set_collective_timeout(4.0)
-    messages = ""
+    message = ""
     start = time.perf_counter()
     try:
         with twa.weights("last"):
@@ -217,12 +217,12 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
                 raise OneRankError("cannot decode picture 17")
             models.loss(model, models.part(models.batch(77), rank, size))
     except (OneRankError, RankError) as error:
-        messages = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     uses = {"step": twa.step, "export": lambda: twa.export("never-written"), "zero_grad": twa.zero_grad}
     refused = [cases.error_text(use) for use in uses.values()]
     twa.close()
-    return messages, refused, seconds
+    return message, refused, seconds
 
 
 @pytest.mark.skipif(OLD, reason="torch 2.6 does not change the time limit of a gloo group that exists")

@@ -428,16 +428,16 @@ def test_chats_that_cannot_be_used(
 
 
 def test_variables_of_the_chat_template(tmp_path: Path, model: Callable[[str | None], str]) -> None:
-    path = write_jsonl(tmp_path / "chat.jsonl", {"messages": [CHAT[:2]]})
+    path = write_jsonl(tmp_path / "chat.jsonl", {"message": [CHAT[:2]]})
     options = {"model": model("{% if not think %}!{% endif %}" + TEMPLATE), "chat": {"train": str(path)}, "context": 20}
     for variables, begins in (({}, "!u:ab;"), ({"think": True}, "u:ab;")):
         task = causal_lm(**options, chat_template_kwargs=variables)
         assert build_decoder(task)(tokens_of(task.dataset("train"))[0]).startswith(begins)
-    for name, messages in (
+    for name, message in (
         ("thinks", r"does not use 'thinks'; did you mean 'think'"),
         ("tokenize", "is set by the task"),
     ):
-        with pytest.raises(ConfigError, match=rf"task\.chat_template_kwargs: .*{messages}"):
+        with pytest.raises(ConfigError, match=rf"task\.chat_template_kwargs: .*{message}"):
             causal_lm(**options, chat_template_kwargs={name: True}).dataset("train")
 
 

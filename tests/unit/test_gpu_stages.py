@@ -36,7 +36,7 @@ def test_gpu_script_runs_stages_and_prints_the_table(tmp_path: Path) -> None:
     command = ["bash", "tests/gpu/run.sh", "kernels"]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert [(row["stage"], row["what"]) for row in results(tmp_path)] == [("kernels", SKIPPED)]
+    assert [(row["stage"], row["name"]) for row in results(tmp_path)] == [("kernels", SKIPPED)]
     assert (tmp_path / "table.md").read_text() in ended.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "table.md", "log.txt"}
 
@@ -51,7 +51,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tup
 def test_every_stage_is_skipped_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, actual = run_here(monkeypatch, tmp_path)
-    assert status == 0 and [(row["stage"], row["what"]) for row in actual] == [(name, SKIPPED) for name in STAGES]
+    assert status == 0 and [(row["stage"], row["name"]) for row in actual] == [(name, SKIPPED) for name in STAGES]
     assert f"| waits | {SKIPPED} |" in (tmp_path / "table.md").read_text()
 
 
@@ -78,8 +78,8 @@ def test_overlap_of_streams() -> None:
     first = merged([(5, 9), (0, 2), (1, 3), (9, 10)])
     assert first == [(0, 3), (5, 10)] and length(first) == 8
     assert intersection(first, [(2, 6)]) == [(2, 3), (5, 6)]
-    messages = beside({7: [(0, 4000), (6000, 10_000)], 9: [(3000, 5000)]})
-    assert messages == "the model's stream ran 8.00 ms and paused 2.00; others ran 2.00 ms, 50% of it beside the model"
+    text = beside({7: [(0, 4000), (6000, 10_000)], 9: [(3000, 5000)]})
+    assert text == "the model's stream ran 8.00 ms and paused 2.00; others ran 2.00 ms, 50% of it beside the model"
     assert beside({}) == "no kernels in the trace"
 
 

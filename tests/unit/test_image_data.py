@@ -248,9 +248,9 @@ def test_models_and_data_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.warns(TwaWarning, match="label2id has other names: 'blue', 'red', but not 'blau'"):
         task_of(model, train=folder)
     (tmp_path / "a.csv").write_text("image,label\n")
-    for inputs, messages in {"gone": "does not exist", "a.csv": r"a\.csv cannot hold images"}.items():
+    for inputs, message in {"gone": "does not exist", "a.csv": r"a\.csv cannot hold images"}.items():
         with pytest.raises(
-            ConfigError, match=rf"task\.train: .*{messages}.*Give an \.npz file, a folder of classes, or"
+            ConfigError, match=rf"task\.train: .*{message}.*Give an \.npz file, a folder of classes, or"
         ):
             task_of(model, train=str(tmp_path / inputs))
     with pytest.raises(ConfigError, match="neither a Hugging Face model directory on disk nor an import path"):

@@ -52,10 +52,10 @@ def test_arrays_and_lines_in_json_files(tmp_path: Path, name: str) -> None:
     assert of_array == [(f"{tmp_path / name}, item {i + 1}", [ROWS[i]["a"]]) for i in range(2)]
     of_lines = read("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
     assert [values for _, values in of_lines] == [values for _, values in of_array]
-    for text, messages in {
+    for text, message in {
         '[{"a": 1}, {"a": 2': "item 2: is not JSON",
         "[3]": "item 1: holds int",
         '[{"b": 1}]': "item 1: has no",
     }.items():
-        with pytest.raises(ConfigError, match=messages):
+        with pytest.raises(ConfigError, match=message):
             read(text)

@@ -91,8 +91,8 @@ def check(kernels: Kernels, rows: Rows, gradient: Tensor, weights: Tensor, base:
         torch.testing.assert_close(rounded, out.to(dtype), rtol=room, atol=0)
     # The adjoint: <project(g), u> = <g, combine(u)> around a center of zero.
     kernels.combine(rows, weights, torch.zeros_like(base), 0.0, out)
-    left, rhs = actual @ weights.double(), gradient.double() @ out.double()
-    assert (left - rhs).abs() <= w @ off + g @ above
+    left, right = actual @ weights.double(), gradient.double() @ out.double()
+    assert (left - right).abs() <= w @ off + g @ above
 
 
 @kernels_and_kinds

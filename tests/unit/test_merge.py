@@ -207,8 +207,8 @@ def test_result_that_overflows_the_dtype(tmp_path: Path) -> None:
 
 def test_replacements_must_fit(tmp_path: Path) -> None:
     candidates = open_candidates([tensors(0), tensors(1)])
-    for name, messages in (("bias", r"\(4,\)"), ("bais", "did you mean 'bias'")):
-        with pytest.raises(CandidateError, match=messages):
+    for name, message in (("bias", r"\(4,\)"), ("bais", "did you mean 'bias'")):
+        with pytest.raises(CandidateError, match=message):
             merge(candidates, tmp_path / "out", Combination(lambda _: 0, values={name: torch.ones(4)}), Group.alone())
 
 

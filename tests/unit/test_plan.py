@@ -138,8 +138,8 @@ def test_each_expert_has_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     project, *_, combine, _ = forecast(plan, measured, files).stores["packed1"]
     assert work.groups == plan.num_groups
     wanted = update_bytes(twa.store_bytes, plan.local_elements)
-    assert {row.what: row.nbytes for row in measured.stores["packed1"][:2]} == wanted
-    assert {row.what: row.nbytes for row in (project, combine)} == wanted
+    assert {row.name: row.nbytes for row in measured.stores["packed1"][:2]} == wanted
+    assert {row.name: row.nbytes for row in (project, combine)} == wanted
 
 
 def test_reads_of_urls_are_larger_and_come_through_the_memory_of_their_library(tmp_path: Path) -> None:

@@ -221,8 +221,8 @@ def test_shifted_images_are_windows_of_the_padded_ones() -> None:
     for before, after in zip(images, shifted(images, 1), strict=True):
         padded = nn.functional.pad(before, (1, 1, 1, 1))
         windows = {
-            (down, rhs, flip): padded[:, down : down + 4, rhs : rhs + 5].flip([-1] if flip else [])
-            for down, rhs, flip in product(range(3), range(3), [True, False])
+            (down, right, flip): padded[:, down : down + 4, right : right + 5].flip([-1] if flip else [])
+            for down, right, flip in product(range(3), range(3), [True, False])
         }
         (key,) = [key for key, window in windows.items() if torch.equal(window, after)]
         actual.add(key)

@@ -159,9 +159,9 @@ def test_invalid_file_content(tmp_path: Path) -> None:
 
 def test_unreadable_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, messages in (("pipe", "not a regular file"), ("missing", "missing")):
+    for name, message in (("pipe", "not a regular file"), ("missing", "missing")):
         snapshots = Snapshots(tmp_path / "out", every_n_steps=1, files={"config.json": tmp_path / name})
-        with pytest.raises(OutputError, match=messages):
+        with pytest.raises(OutputError, match=message):
             snapshots.save(models.build(0), 1)
     assert left(tmp_path / "out") == []
 

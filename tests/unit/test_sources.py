@@ -278,11 +278,11 @@ def test_names_that_are_equal_without_prefixes_are_refused() -> None:
 
 
 def test_tensors_that_cannot_be_read() -> None:
-    for tensor, messages in [
+    for tensor, message in [
         (torch.ones(2, device="meta"), "meta"),
         (torch.ones(2).to_sparse(), "sparse"),
     ]:
-        assert messages in refused([{"w": tensor}, {"w": tensor}])
+        assert message in refused([{"w": tensor}, {"w": tensor}])
     assert "holds no tensors" in refused([{"epoch": 1}, {"epoch": 2}])
 
 

@@ -254,9 +254,9 @@ def test_tracker_of_another_format_raises_like_the_folder(working_directory: Pat
         (folder / "common.pt").unlink()
         (folder / "mp_rank_00").mkdir()
         torch.save({}, folder / "mp_rank_00/model_optim_rng.pt")
-    messages = refused(["run"])
-    assert messages == refused(["run/iter_0001000"])
-    assert "--ckpt-convert-format torch_dist" in messages
+    message = refused(["run"])
+    assert message == refused(["run/iter_0001000"])
+    assert "--ckpt-convert-format torch_dist" in message
 
 
 @pytest.mark.parametrize("form", ["hf", "dcp"])

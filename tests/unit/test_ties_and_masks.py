@@ -247,6 +247,6 @@ def test_keys_and_patterns_reach_attach_average_and_inspect(tmp_path: Path) -> N
     assert inspect(paths, wanted=wanted_from_options([], "model_ema")).tensors == [2, 2]
     with pytest.warns(TwaWarning, match="under 'model_ema'"):
         assert inspect(paths, wanted=wanted_from_options(["mask"], None)).tensors == [2, 2]
-    for pattern, messages in (("(", "is not a regular expression"), ("nothing", "'nothing' matches none")):
-        with pytest.raises(ConfigError, match=messages):
+    for pattern, message in (("(", "is not a regular expression"), ("nothing", "'nothing' matches none")):
+        with pytest.raises(ConfigError, match=message):
             average_fixed(paths, tmp_path / "out", weights_key="model_ema", ignore=[pattern])

@@ -224,10 +224,10 @@ def test_existing_output(ranks: Pool, tmp_path: Path) -> None:
     out.mkdir()
     write_share(out, Group.alone(), **with_provenance(ORIGIN, {}))  # an empty directory is replaced
     own = (out / "model.safetensors").read_bytes()
-    for overwrite, messages in ((False, "not empty"), (True, "'model.safetensors'")):
+    for overwrite, message in ((False, "not empty"), (True, "'model.safetensors'")):
         (out / "model.safetensors").write_bytes(b"precious")
         error = ranks.error(on_ranks, 2, out=out, overwrite=overwrite)
-        assert isinstance(error, OutputError) and messages in str(error) and str(out) in str(error)
+        assert isinstance(error, OutputError) and message in str(error) and str(out) in str(error)
         assert (out / "model.safetensors").read_bytes() == b"precious"
     (out / "model.safetensors").write_bytes(own)
     ranks(on_ranks, 2, out=out, overwrite=True)

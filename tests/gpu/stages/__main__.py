@@ -1,7 +1,7 @@
 """Run stages: `python -m tests.gpu.stages [--tiny] [--device cpu] [--out DIR] [STAGE ..]`; `--list` names them.
 
-Every row goes to DIR/rows.jsonl as soon as it is found, so that what ends a stage costs only the rest of it. `--table`
-makes one table of the rows that are there, and DIR/results.json.
+Each row is appended to DIR/rows.jsonl when it is measured, so that a stage that is stopped loses only its later rows.
+`--table` writes the rows of DIR as a table and as DIR/results.json.
 """
 
 import argparse
@@ -31,18 +31,18 @@ STAGES = {
     "llama-7b": (90, "llama.seven_billion"),
     "tests": (120, "pytests.run"),
 }
-"""By name, in order of worth: the most seconds, and what yields rows."""
+"""By name, the most important ones first: the time limit in seconds, and the function that yields the rows."""
 CORRECTNESS = ("kernels", "waits", "sharded", "bf16", "two-ranks", "tests")
-"""Stages whose rows are right or wrong; elsewhere a row that is not as expected is a prediction that was off."""
+"""Stages that fail if a row is not as expected. In other stages, expected values are predictions."""
 ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
 SKIPPED = "no accelerator: skipped"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="all when none is named")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="all code, on small data")
+    parser.add_argument("--tiny", action="store_true", help="run all code on small data")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
@@ -63,28 +63,28 @@ def main() -> int:
 def run(name: str, device: str, out: Path, *, tiny: bool) -> bool:
     """Run a stage, and return whether it completed without a problem. An exception becomes a row."""
     start, cpu = time.perf_counter(), time.process_time()
-    rhs = True
+    passed = True
     try:
         for row in _rows(name, device, tiny):
             _add(out, name, row)
-            rhs &= name not in CORRECTNESS or row["ok"] is not False
+            passed &= name not in CORRECTNESS or row["ok"] is not False
     except Exception as error:
         traceback.print_exc()
         first_line = str(error).strip().partition("\n")[0]
-        messages = f"{type(error).__name__}: {first_line[:200]}"
-        _add(out, name, {"what": "ended by an error", "measured": messages, "ok": False})
+        message = f"{type(error).__name__}: {first_line[:200]}"
+        _add(out, name, {"name": "ended by an error", "measured": message, "ok": False})
         return False
     finally:
         taken = f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} s of CPU"
         print(f"== {name}: {taken}", flush=True)
-    return rhs
+    return passed
 
 
 def _rows(name: str, device: str, tiny: bool) -> Iterator[dict[str, object]]:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        yield {"what": SKIPPED, "measured": "", "ok": None}
+        yield {"name": SKIPPED, "measured": "", "ok": None}
         return
     from tests.gpu.stages.setup import Setup
 
@@ -99,7 +99,7 @@ def _rows(name: str, device: str, tiny: bool) -> Iterator[dict[str, object]]:
 def _add(out: Path, stage: str, row: dict[str, object]) -> None:
     with (out / ROWS).open("a") as file:
         file.write(json.dumps({"stage": stage, **row}) + "\n")
-    print(f"{stage}: {row['what']}: {row['measured']} {row.get('expected') or ''}", flush=True)
+    print(f"{stage}: {row['name']}: {row['measured']} {row.get('expected') or ''}", flush=True)
 
 
 def write_table(out: Path) -> None:
@@ -108,9 +108,9 @@ def write_table(out: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     (out / RESULTS).write_text(json.dumps(rows, indent=2) + "\n")
     verdict = {True: "yes", False: "**no**", None: ""}
-    lines = ["| stage | what | measured | expected | as expected |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| stage | measurement | measured | expected | as expected |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        cells = [row["stage"], row["what"], row["measured"], row.get("expected") or "", verdict[row["ok"]]]
+        cells = [row["stage"], row["name"], row["measured"], row.get("expected") or "", verdict[row["ok"]]]
         lines.append("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     (out / TABLE).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

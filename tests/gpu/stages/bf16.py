@@ -16,7 +16,7 @@ from tests.gpu.stages.sharded import build, candidates
 
 STEPS = 5
 ONE_ROUNDING = 2.0**-8 * 1.01
-"""Half a unit in the last place of bfloat16, and what float32 adds."""
+"""Half a unit in the last place of bfloat16, and the rounding errors of float32."""
 
 
 def run(setup: Setup) -> Iterator[Row]:

@@ -11,9 +11,9 @@ from twa_scale.kernels import Kernels, choose_kernels
 SHAPES = ((1, 1, 0), (3, 129, 0), (16, 5003, 0), (5, 1000, 37), (16, 70_001, 127))
 LARGE = (16, (1 << 22) + 5, 77)
 TOLERANCE = {"triton": 2e-6, "torch": 2e-6, "numba": 1e-4}
-"""Of the lengths of the vectors. The kernels of a CPU round what multiplies a block to 16 bits."""
+"""Relative to the lengths of the vectors. CPU kernels round the factor of a block to 16 bits."""
 ROUNDED = 3e-3
-"""Of the length of weights that are rounded to bfloat16."""
+"""Relative to the length of weights that are rounded to bfloat16."""
 
 
 def run(setup: Setup) -> Iterator[Row]:

@@ -12,11 +12,11 @@ import torch
 class Row:
     """One line of the table: a measured value and the expected one."""
 
-    what: str
+    name: str
     measured: str
     expected: str = ""
     ok: bool | None = None
-    """Whether it is as expected; None where nothing says what to expect."""
+    """Whether it is as expected; None if there is no expected value."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Setup:
 
     device: torch.device
     tiny: bool
-    """Run all code on small data, so that a typing error is found without a GPU."""
+    """Run all code on small data, to find errors without a GPU."""
     scratch: Path
     """A folder of this stage on a local disk."""
 

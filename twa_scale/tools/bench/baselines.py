@@ -64,4 +64,4 @@ def published(n: int, gradient: torch.Tensor) -> list[Measured]:
     named = {"published project": project, "published combine": combine}
     nbytes = codes.nbytes + part.nbytes
     small = measure([Operation(name, function, nbytes) for name, function in named.items()], gradient.device)
-    return [Measured(of.what, of.seconds * times, of.nbytes * times) for of in small]
+    return [Measured(of.name, of.seconds * times, of.nbytes * times) for of in small]

@@ -49,6 +49,6 @@ def bench_table(bench: Bench, files: Sequence[Measured] = (), expected: Forecast
         for i, row in enumerate(rows):
             share = f"{row.rate / bench.read:.0%}"
             cells = (f"{1e3 * row.seconds:.3f}", human_bytes(row.nbytes), f"{row.rate / 1e9:.1f}", share)
-            table.add_row(section if i == 0 else "", row.what, *cells)
+            table.add_row(section if i == 0 else "", row.name, *cells)
         table.add_section()
     return table

@@ -32,7 +32,7 @@ _BUFFER = 128 << 10  # bytes per read, as in `cat`
 class Case(NamedTuple):
     """One operation to measure."""
 
-    what: str
+    name: str
     function: Callable[[], None]
     nbytes: float
 
@@ -140,11 +140,11 @@ def _interleaved(cases: Sequence[Case], out: Path) -> list[Measured]:
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
             times.append(_time(case.function))
-    return [Measured(case.what, min(times), case.nbytes) for case, times in zip(cases, seconds, strict=True)]
+    return [Measured(case.name, min(times), case.nbytes) for case, times in zip(cases, seconds, strict=True)]
 
 
 def _best(case: Case) -> Measured:
-    return Measured(case.what, min(_time(case.function) for _ in range(_TIMES)), case.nbytes)
+    return Measured(case.name, min(_time(case.function) for _ in range(_TIMES)), case.nbytes)
 
 
 def _time(function: Callable[[], None]) -> float:

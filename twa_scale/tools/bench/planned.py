@@ -96,10 +96,10 @@ def forecast(plan: Plan, bench: Bench, files: Sequence[Measured]) -> Forecast:
         files: the result of `run_streaming` for the same stores, or empty.
     """
     scale = plan.local_elements / bench.elements
-    rates = {row.what: row.rate for row in files}
+    rates = {row.name: row.rate for row in files}
     stores = {}
     for store, rows in bench.stores.items():
-        seconds = {row.what: scale * row.seconds for row in rows}
+        seconds = {row.name: scale * row.seconds for row in rows}
         nbytes = store_bytes(store, plan.num_candidates, plan.span_sizes)
         moved = update_bytes(nbytes, plan.local_elements)
         project, combine = (Measured(name, seconds[name], moved[name]) for name in ("project", "combine"))

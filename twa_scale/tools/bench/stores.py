@@ -40,7 +40,7 @@ class Bench:
     @property
     def read(self) -> float:
         """The best rate of reading large memory, in bytes per second."""
-        return max(m.rate for m in self.memory if m.what == "read")
+        return max(m.rate for m in self.memory if m.name == "read")
 
     @property
     def reduction(self) -> Measured:

@@ -16,7 +16,7 @@ _MIN_CALLS, _MIN_SECONDS, _MAX_CALLS = 7, 1.0, 1000
 class Measured:
     """The best time of several calls of one operation."""
 
-    what: str
+    name: str
     seconds: float
     nbytes: float
     """The bytes of memory that the operation has to move, each counted once."""
@@ -31,7 +31,7 @@ class Measured:
 class Operation:
     """An operation to measure."""
 
-    what: str
+    name: str
     """The name of the operation."""
     function: Callable[[], object]
     nbytes: float
@@ -61,7 +61,7 @@ def measure(operations: Sequence[Operation], device: torch.device) -> list[Measu
         count, shortest = len(seconds[0]), min(map(sum, seconds))
         unfinished = count < _MIN_CALLS or (shortest < _MIN_SECONDS and count < _MAX_CALLS)
         more = bool(group.sum_(torch.tensor(float(unfinished))))
-    return [Measured(op.what, min(calls), op.nbytes) for op, calls in zip(operations, seconds, strict=True)]
+    return [Measured(op.name, min(calls), op.nbytes) for op, calls in zip(operations, seconds, strict=True)]
 
 
 def _synchronize(device: torch.device) -> None:
