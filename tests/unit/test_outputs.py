@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import twa_scale
+from twa_scale import TwaWarning
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.merge import average_fixed
 from twa_scale.output.formats import SafetensorsFormat
@@ -87,6 +88,18 @@ def test_config_has_the_type_of_most_weights(
         (tmp_path / f"{i}/config.json").write_text(json.dumps({"dtype": message}))
     average([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == becomes
+
+
+def test_the_precision_in_a_name_is_that_of_the_output(tmp_path: Path) -> None:
+    """Diffusers looks for the name with a precision only if its variant is asked for. A broken config.json is kept."""
+    for i in range(2):
+        (tmp_path / f"{i}").mkdir()
+        save_file({"w": torch.ones(4).half()}, tmp_path / f"{i}/diffusion_pytorch_model.fp16.safetensors")
+        (tmp_path / f"{i}/config.json").write_text('{"dtype": "float16"')
+    for dtype, name in (None, "fp16.safetensors"), ("float32", "safetensors"), ("bfloat16", "safetensors"):
+        with pytest.warns(TwaWarning, match="is not valid JSON"):
+            average_fixed([str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / f"out-{dtype}", dtype=dtype)
+        assert (tmp_path / f"out-{dtype}/diffusion_pytorch_model.{name}").exists()
 
 
 def test_names_for_candidates_in_one_directory(tmp_path: Path) -> None:

@@ -126,5 +126,9 @@ def test_modules_with_weights_of_their_own_are_reported(tmp_path: Path) -> None:
 def test_converted_type_is_set_in_the_configuration() -> None:
     config = b'{"dtype": "bfloat16", "layers": 2}'
     assert json.loads(with_dtype(config, torch.float32)) == {"dtype": "float32", "layers": 2}
+    parts = {"text_config": {"torch_dtype": "float16", "a": {"dtype": "x"}}, "quantization_config": {"dtype": "x"}}
+    changed = json.loads(with_dtype(json.dumps(parts | {"torch_dtype": None}).encode(), torch.bfloat16))
+    text = {"torch_dtype": "bfloat16", "a": {"dtype": "x"}}
+    assert changed == parts | {"text_config": text, "torch_dtype": "bfloat16"}
     for other in (b"{}", b"[1]", b"{", b"[" * 100_000):
         assert with_dtype(other, torch.float32) == other

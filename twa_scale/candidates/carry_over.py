@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from twa_scale.base.inputs import parse_json
 from twa_scale.base.notices import notice
 from twa_scale.candidates.adapters import ADAPTER_CONFIG, ranks_of, with_ranks
 from twa_scale.candidates.candidate import Candidate
@@ -18,6 +19,17 @@ from twa_scale.candidates.side_files import side_files, with_dtype
 
 BASE = "model"
 _UNLIMITED = 1 << 62
+_DTYPES = {
+    name: dtype
+    for dtype, names in {
+        torch.float16: ("fp16", "float16"),
+        torch.bfloat16: ("bf16", "bfloat16"),
+        torch.float32: ("fp32", "float32"),
+    }.items()
+    for name in names
+}
+_PRECISION = re.compile(rf"(?P<plain>.+)\.(?P<name>{'|'.join(_DTYPES)})")
+"""The names of files of one precision, such as `diffusion_pytorch_model.fp16`."""
 _ONE_FILE = {name.split(".")[0] for library in ("peft", "open_clip") for name in LOADERS[library]}
 
 
@@ -43,6 +55,12 @@ class CarriedFiles:
         changed = {} if dtype is None or config is None else {"config.json": with_dtype(config, dtype)}
         return {**self.files, **changed}
 
+    def base_for(self, dtype: torch.dtype | None) -> str:
+        """Return the name of the weight files, without a precision that is not that of the output."""
+        dtype = dtype or self.wider
+        match = _PRECISION.fullmatch(self.base)
+        return match["plain"] if match and dtype not in (None, _DTYPES[match["name"]]) else self.base
+
     def shard_size(self, limit: str | int) -> str | int:
         """Return the largest number of bytes of one file: unlimited for loaders of one file (PEFT, open_clip)."""
         return _UNLIMITED if self.base in _ONE_FILE else limit
@@ -63,6 +81,11 @@ def carried_files(
     for line in differences(candidates) if files else ():
         notify(line)
     small = side_files(last.directory, code=code, notify=notify) if files else {}
+    if "config.json" in small and (fault := _fault(small["config.json"])):
+        notify(
+            f"{last.directory}/config.json: is not valid JSON ({fault}). It is copied as it is, also if the output has "
+            "another dtype than the one that it names."
+        )
     if (ranks := ranks_of(last)) and ADAPTER_CONFIG in small:
         small[ADAPTER_CONFIG] = with_ranks(small[ADAPTER_CONFIG], ranks)
     return CarriedFiles(
@@ -72,6 +95,15 @@ def carried_files(
         _wider(candidates),
         code,
     )
+
+
+def _fault(config: bytes) -> str | None:
+    """Return the reason why a config.json cannot be read, or None."""
+    try:
+        parse_json(config)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _wider(candidates: Sequence[Candidate]) -> torch.dtype | None:

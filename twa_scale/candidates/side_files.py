@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -204,12 +205,21 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
-    """Return a config.json with its dtype, if it has one, replaced by `dtype`: loaders would convert the weights."""
+    """Return a config.json with each dtype that it has replaced by `dtype`: loaders would convert the weights."""
     try:
         settings = parse_json(config)
     except ValueError:
         return config
     if not isinstance(settings, dict):
         return config
-    changed = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in settings}
-    return (json.dumps(settings | changed, indent=2) + "\n").encode() if changed else config
+    changed = _replaced(settings, str(dtype).removeprefix("torch."))
+    return (json.dumps(changed, indent=2) + "\n").encode() if changed != settings else config
+
+
+def _replaced(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return settings with another dtype, also in those of the parts of a model (`text_config`)."""
+    result = {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in settings.items()}
+    for key, value in settings.items():
+        if isinstance(value, dict) and key.endswith("_config") and key != "quantization_config":
+            result[key] = _replaced(value, dtype)
+    return result

@@ -61,7 +61,7 @@ def writing_options(
         "form": form,
         "overwrite": options.overwrite,
         "max_shard_size": carried.shard_size(options.max_shard_size),
-        "base": carried.base,
+        "base": carried.base_for(options.dtype),
         **with_provenance(origin, with_card(files, origin), carried.metadata),
     }
 
