@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import twa_scale
 from twa_scale.config import TaskConfig
 from twa_scale.ranks import exit_process
+from twa_scale.ranks.destroying import destroy_process_group
 from twa_scale.run.batches import make_batches
 from twa_scale.run.tasks import build_task
 from twa_scale.run.tasks.byte_gpt import ByteGPT
@@ -62,7 +63,7 @@ def main() -> None:
         known = {"parameters": parameters, "coefficient_bytes": numbers, "steps": costs}
         (arguments.out / "cost.json").write_text(json.dumps(known))
     if size > 1:
-        dist.destroy_process_group()
+        destroy_process_group()
 
 
 def held(mode: str, size: int) -> tuple[nn.Module, dist.ProcessGroup | None]:
