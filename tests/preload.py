@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 def compile_kernels() -> None:
     """Call the kernels that most rank tests use, so that workers have compiled and loaded kernels.
 
-    numba keeps the machine code beside the sources. Only the first call after a change in `kernels/` compiles.
+    numba keeps the machine code next to the sources. Only the first call after a change in `kernels/` compiles.
     """
     kernels = NumbaKernels()
     dense = [Dense.empty(3, 5, kind, CPU) for kind in FLOATS]

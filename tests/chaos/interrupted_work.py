@@ -25,7 +25,7 @@ from twa_scale.run import run
 
 Tensors = dict[str, Tensor]
 NOTE = "notes.txt"
-"""A file of the user's own beside the outputs."""
+"""A file of the user next to the outputs."""
 
 
 class Work(ABC):

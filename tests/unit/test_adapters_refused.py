@@ -50,7 +50,7 @@ def test_patterns_have_the_names_of_parameters(tmp_path: Path) -> None:
     average_fixed([f"{first}:1.0", f"{second}:0.0"], tmp_path / "out", space="factors")
     expected = logits(load(first, base=adapters.mixture))
     torch.testing.assert_close(logits(load(tmp_path / "out", base=adapters.mixture)), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(TwaError, match=r"space: product is not possible: alpha_pattern beside target_parameters"):
+    with pytest.raises(TwaError, match=r"space: product is not possible: alpha_pattern with target_parameters"):
         average_fixed([first, second], tmp_path / "product", space="product")
 
 

@@ -428,7 +428,7 @@ def test_chats_that_cannot_be_used(
 
 
 def test_variables_of_the_chat_template(tmp_path: Path, model: Callable[[str | None], str]) -> None:
-    path = write_jsonl(tmp_path / "chat.jsonl", {"message": [CHAT[:2]]})
+    path = write_jsonl(tmp_path / "chat.jsonl", {"messages": [CHAT[:2]]})
     options = {"model": model("{% if not think %}!{% endif %}" + TEMPLATE), "chat": {"train": str(path)}, "context": 20}
     for variables, begins in (({}, "!u:ab;"), ({"think": True}, "u:ab;")):
         task = causal_lm(**options, chat_template_kwargs=variables)
@@ -565,7 +565,7 @@ def test_files_that_splits_of_different_sources_share_are_reported(tmp_path: Pat
     ("options", "message"),
     [
         ({"sources": [{"text": "a", "tokens": "b"}]}, "exactly one of `text`, `tokens` and `chat` in each source"),
-        ({"sources": [{"text": "a"}], "text_key": "body"}, "`text_key` has no effect beside `sources`"),
+        ({"sources": [{"text": "a"}], "text_key": "body"}, "`text_key` has no effect with `sources`"),
         ({"sources": [{"text": "a", "weight": 0}]}, "weight"),
         ({"sources": [{"text": "a"}], "text": "b"}, "exactly one of"),
         ({"sources": [{"text": "stdlib"}, {"chat": "b.jsonl"}]}, r"task\.documents: is not set"),

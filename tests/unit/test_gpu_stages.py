@@ -14,7 +14,7 @@ import torch
 from tests import launches
 from tests.gpu.stages import __main__
 from tests.gpu.stages.__main__ import SKIPPED, STAGES
-from tests.gpu.stages.overlap import beside, intersection, length, merged
+from tests.gpu.stages.overlap import intersection, length, merged, overlap_text
 from tests.simulated import CUDA, Simulated, simulated
 from twa_scale.kernels import Packed
 from twa_scale.kernels.triton import fused
@@ -78,9 +78,9 @@ def test_overlap_of_streams() -> None:
     first = merged([(5, 9), (0, 2), (1, 3), (9, 10)])
     assert first == [(0, 3), (5, 10)] and length(first) == 8
     assert intersection(first, [(2, 6)]) == [(2, 3), (5, 6)]
-    text = beside({7: [(0, 4000), (6000, 10_000)], 9: [(3000, 5000)]})
-    assert text == "the model's stream ran 8.00 ms and paused 2.00; others ran 2.00 ms, 50% of it beside the model"
-    assert beside({}) == "no kernels in the trace"
+    text = overlap_text({7: [(0, 4000), (6000, 10_000)], 9: [(3000, 5000)]})
+    assert text == "the model's stream ran 8.00 ms and paused 2.00; others ran 2.00 ms, 50% of it during the model"
+    assert overlap_text({}) == "no kernels in the trace"
 
 
 class Launched:

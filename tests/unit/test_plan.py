@@ -216,12 +216,13 @@ def test_an_offloaded_store_counts_for_the_host(tmp_path: Path) -> None:
     assert set(cpu.memory) == set(resident.memory) and "store (packed4)" not in far.memory and 0 < buffers < store
     assert sum(far.memory.values()) - sum(resident.memory.values()) == pytest.approx(buffers - store, abs=1 << 24)
     choices = choose_store(far, far.peak)
-    assert choices.own.fits and choices.own.host == sum(far.host.values()) and choices.own.peak == far.peak
-    assert not choose_store(far, far.peak - 1).own.fits
-    assert choose_store(far, far.peak, choices.own.host).own.fits
-    assert not choose_store(far, far.peak, choices.own.host - 1).own.fits
+    configured = choices.configured_choice
+    assert configured.fits and configured.host == sum(far.host.values()) and configured.peak == far.peak
+    assert not choose_store(far, far.peak - 1).configured_choice.fits
+    assert choose_store(far, far.peak, configured.host).configured_choice.fits
+    assert not choose_store(far, far.peak, configured.host - 1).configured_choice.fits
     for choice in choices.stores:
-        assert choice.host - choices.own.host == choice.nbytes - choices.own.nbytes
+        assert choice.host - configured.host == choice.nbytes - configured.nbytes
     sizes = (machine_memory(),)  # elements: the center alone needs four times the memory
     large = replace(far, span_sizes=sizes, host={"store (packed4)": store_bytes("packed4", 2, sizes)})
     assert not any(choice.fits for choice in choose_store(large, 10**15).stores)

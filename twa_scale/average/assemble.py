@@ -78,7 +78,7 @@ def _report_fixed_tensors(layout: Layout) -> None:
         notice(
             f"{len(layout.kept)} tensors of the model ({quoted(layout.kept, 2)}) are in no candidate, and keep the "
             "value that the model has (`missing`). Exports hold what the candidates hold, so they lack these "
-            "tensors, and from_pretrained of an export initializes them anew: copy them from this model."
+            "tensors, and from_pretrained of an export initializes them again: copy them from this model."
         )
     if layout.base:
         notice(

@@ -73,8 +73,8 @@ def load_candidates(
     errors = torch.zeros(len(candidates), dtype=torch.float64, device=store.device)
     _read_spans(engine, layout, stream, weights, store, gram, errors)
     _read_aliases(engine, layout, stream, candidates)
-    first = engine.shard_group.rank == 0
-    buffers = _read_buffers(engine, layout, stream, config.buffers, weights) if first else {}
+    is_first = engine.shard_group.rank == 0
+    buffers = _read_buffers(engine, layout, stream, config.buffers, weights) if is_first else {}
     return LoadedCandidates(
         gram.values.to(engine.device), errors.to(engine.device), stream.checksums, buffers, stream.differing
     )
@@ -124,7 +124,7 @@ def _read_spans(
     The squared norms of the rounding errors of a packed store are added to `errors`, (n,).
     """
     live = {layout.in_candidates(span): span for span in layout.read(engine.spans())}
-    of_one = own_buffers({name for names in layout.names_in_candidates.values() for name in names})
+    copied_names = own_buffers({name for names in layout.names_in_candidates.values() for name in names})
     targets: dict[Span, Target] = {}
     sums: list[Span] = []
     copied: dict[Span, int] = {}
@@ -134,7 +134,7 @@ def _read_spans(
             targets[read] = replace(store.reserve(span), products=products, errors=errors)
         elif span.name in layout.summed:
             sums.append(read)
-        elif engine.parameters[span.name].dtype.is_floating_point and read.name not in of_one:
+        elif engine.parameters[span.name].dtype.is_floating_point and read.name not in copied_names:
             targets[read] = Target(center=engine.live(span))
         else:
             copied[read] = len(weights) - 1

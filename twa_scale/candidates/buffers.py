@@ -19,7 +19,7 @@ _NEIGHBORS = (
     (re.compile(r"^(?P<stem>(.*\.)?)max_val$"), ("min_val",), None),
     (re.compile(r"^(?P<stem>(.*\.)?)scale$"), ("fake_quant_enabled",), "learning_enabled"),
 )
-"""Patterns of names of buffers, the ends of names beside them, and the end of a name that shows a parameter."""
+"""Patterns of names of buffers, the ends of names next to them, and the end of a name that shows a parameter."""
 
 
 def is_statistic(name: str) -> bool:
@@ -30,10 +30,10 @@ def is_statistic(name: str) -> bool:
 def own_buffers(names: Collection[str]) -> set[str]:
     """Return buffers that belong to the weights of one candidate, recognized by other tensors of the module.
 
-    - the vectors u and v of spectral norms: `weight_u` beside `weight_orig` (`torch.nn.utils.spectral_norm`) or
-      `weight_bar`; `parametrizations.weight.0._u` beside `parametrizations.weight.original`
-    - masks of `torch.nn.utils.prune`: `weight_mask` beside `weight_orig`
-    - observers and scales of quantization-aware training: `min_val` beside `max_val`, `scale` beside
+    - the vectors u and v of spectral norms: `weight_u` next to `weight_orig` (`torch.nn.utils.spectral_norm`) or
+      `weight_bar`; `parametrizations.weight.0._u` next to `parametrizations.weight.original`
+    - masks of `torch.nn.utils.prune`: `weight_mask` next to `weight_orig`
+    - observers and scales of quantization-aware training: `min_val` next to `max_val`, `scale` next to
       `fake_quant_enabled`, unless `learning_enabled` shows that the scale is trained
     """
     result, names = set(), set(names)

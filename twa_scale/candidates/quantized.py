@@ -97,12 +97,12 @@ def _quantization(candidate: Candidate, name: str, by_module: Mapping[str, Seque
         if re.fullmatch(method.codes, last) and (method.packs_long or dtype not in _LONG):
             other = next((full for short, full in neighbors.items() if re.fullmatch(method.neighbor, short)), None)
             if other:
-                return f"{method.name}: {kind} beside {other!r}"
+                return f"{method.name}: {kind} next to {other!r}"
     if dtype not in _LONG and _CODES.search(last) and (dtype in _FLOAT8 or len(candidate.shape(name)) > 1):
         stem = _ENDS_OF_CODES.sub("", last)
         other = next((full for short, full in neighbors.items() if full != name and _scales(short, stem)), None)
         if other:
-            return f"{kind} codes beside {other!r}"
+            return f"{kind} codes next to {other!r}"
         if dtype not in _FLOAT8 and (last in ("weight", "qweight") or (dtype.itemsize == 1 and _WEIGHT.search(last))):
             return f"codes of type {kind}"
     return None

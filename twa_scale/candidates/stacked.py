@@ -38,16 +38,16 @@ def unstacked(tensors: Tensors, known: Collection[str], label: str) -> dict[str,
         sizes = tuple(tensor.shape[:dims])
         is_complete = all(len(index) == dims and all(map(int.__lt__, index, sizes)) for index in names)
         if is_complete and len(sizes) == dims and len(names) == prod(sizes):
-            stacks[stacked] = {name: _expert_of(tensor, index) for index, name in names.items()}
-    _require_one_holder(stacks, label)
+            stacks[stacked] = {name: _layer_of(tensor, index) for index, name in names.items()}
+    _require_one_source(stacks, label)
     return stacks
 
 
-def _require_one_holder(stacks: Mapping[str, Collection[str]], label: str) -> None:
-    holders: dict[str, str] = {}
+def _require_one_source(stacks: Mapping[str, Collection[str]], label: str) -> None:
+    sources: dict[str, str] = {}
     for stacked, names in stacks.items():
         for name in names:
-            if (other := holders.setdefault(name, stacked)) != stacked:
+            if (other := sources.setdefault(name, stacked)) != stacked:
                 raise CandidateError(
                     f"{label}: {other!r} and {stacked!r} both hold {name!r} of the model, as stacked tensors. Name one "
                     "of them in `ignore`."
@@ -64,7 +64,7 @@ def _without_numbers(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield rest, tuple(int(parts[i]) for i in left_out)
 
 
-def _expert_of(tensor: Any, index: tuple[int, ...]) -> Any:
+def _layer_of(tensor: Any, index: tuple[int, ...]) -> Any:
     for i in index:
         tensor = tensor.select(0, i)
     return tensor

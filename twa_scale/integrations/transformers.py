@@ -21,23 +21,23 @@ AVERAGE = "average"
 _KILLED = "If the training was killed while it wrote this checkpoint, resume from an earlier one."
 
 
-class _OfTrainer(TrainerCallback):  # type: ignore[misc]
+class _CheckedCallback(TrainerCallback):  # type: ignore[misc]
     """The common part of the callbacks of transformers' Trainer."""
 
-    _in_lightning: ClassVar[str]
+    _lightning_error: ClassVar[str]
     """The text of the error for Lightning's Trainer."""
 
     @property
     def state_key(self) -> NoReturn:
         """Raise an error, because only Lightning's Trainer reads this property."""
         raise ConfigError(
-            f"{type(self).__name__} of twa_scale.integrations.transformers: Lightning's Trainer {self._in_lightning}"
+            f"{type(self).__name__} of twa_scale.integrations.transformers: Lightning's Trainer {self._lightning_error}"
         )
 
     def on_exception(self, *args: Any) -> None:
         """Do nothing. Lightning's Trainer calls this after the error."""
 
-    def _caller(self) -> tuple[Any, str | None]:
+    def _running_trainer(self) -> tuple[Any, str | None]:
         """Return the Trainer whose loop is running, and the checkpoint from which it resumes.
 
         Callbacks receive its model without wrappers, and therefore not the sharded one.
@@ -49,7 +49,7 @@ class _OfTrainer(TrainerCallback):  # type: ignore[misc]
         raise TwaError(f"{name}: give it to a Trainer, as Trainer(.., callbacks=[{name}(..)]).")
 
 
-class TwaCallback(Averaging, _OfTrainer):
+class TwaCallback(Averaging, _CheckedCallback):
     """Keeps averages while a Trainer trains, with any engine.
 
     Evaluations use the average `evaluate_with`, so that the best checkpoint is the one with the best average. Each
@@ -64,11 +64,11 @@ class TwaCallback(Averaging, _OfTrainer):
     _trainer: Any = None
     _evaluate: Callable[..., dict[str, float]] | None = None
     _showing = False
-    _in_lightning = "needs that of twa_scale.integrations.lightning."
+    _lightning_error = "needs that of twa_scale.integrations.lightning."
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Create the averages of the model that the Trainer has wrapped, or load those of the checkpoint on resume."""
-        self._trainer, checkpoint = self._caller()
+        self._trainer, checkpoint = self._running_trainer()
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
@@ -126,7 +126,7 @@ class TwaCallback(Averaging, _OfTrainer):
     def _wrap_evaluate(self) -> None:
         """Show the average in the Trainer's evaluations during training. The Trainer has no event before them."""
         trainer = self._trainer
-        evaluate = self._evaluate = getattr(trainer.evaluate, "_of_trainer", trainer.evaluate)
+        evaluate = self._evaluate = getattr(trainer.evaluate, "_without_average", trainer.evaluate)
 
         def with_average(*args: Any, **kwargs: Any) -> Any:
             if self._showing or not _is_training(trainer):
@@ -139,7 +139,7 @@ class TwaCallback(Averaging, _OfTrainer):
             finally:
                 self._showing = False
 
-        with_average._of_trainer = evaluate  # type: ignore[attr-defined]  # an error leaves the wrapper in the Trainer
+        with_average._without_average = evaluate  # type: ignore[attr-defined]  # an error leaves the wrapper in the Trainer
         trainer.evaluate = with_average
 
     def _evaluated(self, evaluate: Callable[..., Any], which: Which, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +224,7 @@ class TwaCallback(Averaging, _OfTrainer):
             )
 
 
-class CoefficientsCallback(_OfTrainer):
+class CoefficientsCallback(_CheckedCallback):
     """Saves the coefficients that a Trainer trains as its optimizer in its checkpoints, and resumes from them.
 
     Without it, they are in the state of the optimizer. It is required with `groups: tensor+row` on several ranks,
@@ -234,7 +234,7 @@ class CoefficientsCallback(_OfTrainer):
         twa: the average whose `as_optimizer()` is the optimizer of the Trainer.
     """
 
-    _in_lightning = "asks every rank for the state of its optimizers. Leave the callback out."
+    _lightning_error = "asks every rank for the state of its optimizers. Leave the callback out."
 
     def __init__(self, twa: TrainableAverage) -> None:
         self._twa = twa
@@ -248,7 +248,7 @@ class CoefficientsCallback(_OfTrainer):
             StateError: on every rank; the checkpoint has no coefficients, only some ranks see them, or they belong to
                 another average.
         """
-        self._trainer, checkpoint = self._caller()
+        self._trainer, checkpoint = self._running_trainer()
         if checkpoint is not None and not load_coefficients(self._twa, Path(checkpoint)):
             raise StateError(
                 f"{checkpoint}: has no {COEFFICIENTS}, which CoefficientsCallback writes. Resume from a checkpoint "

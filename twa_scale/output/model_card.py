@@ -112,9 +112,9 @@ def _section(origin: Mapping[str, Any], *, is_carried: bool) -> str:
     if coefficients:
         parts.append(_table(names, coefficients, origin.get("elements")))
     if coefficients or "config" in origin:
-        parts.append("`twa_scale.json` beside the weights has all coefficients and settings.")
+        parts.append("`twa_scale.json` next to the weights has all coefficients and settings.")
     elif "ema" in origin:
-        parts.append("`twa_scale.json` beside the weights has the settings.")
+        parts.append("`twa_scale.json` next to the weights has the settings.")
     if candidates and all(label.startswith(SNAPSHOT_LABEL) for label in candidates):
         parts.append("The checkpoints were held in memory during the training, and are in no files.")
     elif command := _command(names, coefficients, origin):

@@ -62,7 +62,7 @@ def origin(which: Which, step: int, ema: Ema | None, window: Window | None) -> d
         assert ema is not None
         index = int(factors[n:].argmax())
         kind = "a bias-corrected exponential average" if ema.names[index] == BEMA else "an exponential average"
-        settings = {"updates": ema.updates, **ema.settings.of(index)}
+        settings = {"updates": ema.updates, **ema.settings.settings_of(index)}
         return provenance(kind, [], asked=which, step=step, ema=settings)
     assert window is not None
     named = {"asked": which} if isinstance(which, str) else {}

@@ -64,7 +64,7 @@ class EmaSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_is_a_list(cls, data: Any) -> Any:
+    def _numbers_to_lists(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         renamed = {("decays" if key == "decay" else key): value for key, value in data.items()}
@@ -76,7 +76,7 @@ class EmaSettings(Section):
         return {k: [v] if k in lists and isinstance(v, int | float) else v for k, v in renamed.items()}
 
     @model_validator(mode="after")
-    def _some(self) -> "EmaSettings":
+    def _require_average(self) -> "EmaSettings":
         if not self.decays and not self.half_life and not self.bema:
             raise ValueError("give decays, as [0.999], half_life, as 0.05, or bema, as True")
         if len(set(self.names())) < len(list(self.names())):
@@ -91,10 +91,10 @@ class EmaSettings(Section):
             yield BEMA
 
     def stored_names(self) -> tuple[str, ...]:
-        """Return the names of all values that are held: those of `names`, and those that BEMA needs."""
+        """Return the names of all stored values: those of `names`, and those that BEMA needs."""
         return (*self.names(), *(BEMA_NAMES if self.bema else ()))
 
-    def of(self, index: int) -> dict[str, Any]:
+    def settings_of(self, index: int) -> dict[str, Any]:
         """Return the settings of the average `index`, in the order of `names`: its own setting and the common ones."""
         numbers = len(self.decays) + len(self.half_life)
         shared = self.model_dump(mode="json", exclude={"decays", "half_life", "bema"})

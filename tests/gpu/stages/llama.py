@@ -18,7 +18,7 @@ N, STEPS, CONTEXT = 16, 3, 2048
 ONE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 BESIDE = 5
-"""Bytes an element beside the store: bfloat16 weights, and activations of one sequence."""
+"""Bytes for each element in addition to the store: bfloat16 weights, and activations of one sequence."""
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 

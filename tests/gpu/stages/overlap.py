@@ -45,7 +45,7 @@ def run(setup: Setup) -> Iterator[Row]:
                 step = stepping(model, twa, x)
                 name = f"store_device: {device}, combine: {combine}"
                 taken[name] = setup.seconds(step)
-                trace = beside(kernels(setup, step))
+                trace = overlap_text(kernels(setup, step))
                 twa.close()
                 ok = None
                 if combine == "forward" and setup.cuda:
@@ -84,7 +84,7 @@ def kernels(setup: Setup, work: Callable[[], object]) -> dict[Any, Times]:
     return actual
 
 
-def beside(streams: dict[Any, Times]) -> str:
+def overlap_text(streams: dict[Any, Times]) -> str:
     """Describe how long the busiest stream ran and paused, and the overlap with the other streams."""
     if not streams:
         return "no kernels in the trace"
@@ -95,7 +95,7 @@ def beside(streams: dict[Any, Times]) -> str:
     hidden = length(intersection(busy[main], others)) / length(others) if others else 0.0
     return (
         f"the model's stream ran {length(busy[main]) / 1e3:.2f} ms and paused {pause / 1e3:.2f}; others ran "
-        f"{length(others) / 1e3:.2f} ms, {hidden:.0%} of it beside the model"
+        f"{length(others) / 1e3:.2f} ms, {hidden:.0%} of it during the model"
     )
 
 

@@ -127,8 +127,8 @@ def concatenated(candidates: Sequence[Candidate], experts: Mapping[str, int]) ->
         for candidate, modules in zip(candidates, factors, strict=True)
     ]
     totals = Counter[str]()
-    for held_ranks in ranks:
-        totals.update(held_ranks)
+    for adapter_ranks in ranks:
+        totals.update(adapter_ranks)
     starts = dict.fromkeys(totals, 0)
     result: list[Candidate] = []
     for candidate, modules, owned in zip(candidates, factors, ranks, strict=True):

@@ -213,7 +213,7 @@ def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
         )
     elif config.settings.get("target_parameters") and any(map(config.settings.get, _PATTERNS)):
         reason = (
-            f"{' and '.join(filter(config.settings.get, _PATTERNS))} beside target_parameters have names of "
+            f"{' and '.join(filter(config.settings.get, _PATTERNS))} with target_parameters have names of "
             "parameters, which files of weights do not have"
         )
     elif others:

@@ -23,11 +23,11 @@ class Truncation:
 
 
 class Truncated(CandidateProxy):
-    """sum_i a_i s_i B_i A_i of every module with factors of rank at most `rank`: the best in the Frobenius norm.
+    """The best approximation of sum_i a_i s_i B_i A_i in the Frobenius norm by factors of rank at most `rank`.
 
-    B and A are computed module by module in float64 when they are read: from the QR factors of B = [a_i s_i B_i] and of
+    B and A of a module are computed in float64 when they are read: from the QR factors of B = [a_i s_i B_i] and of
     A^T = [A_i^T], and the singular values of an R x R matrix. One module is in memory at a time. Both are multiplied by
-    the roots of the singular values. It replaces the last candidate, and has its other tensors.
+    the roots of the singular values. This candidate replaces the last one, and has its other tensors.
 
     Args:
         candidates: adapters in the space of products.

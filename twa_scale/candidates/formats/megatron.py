@@ -58,7 +58,7 @@ def latest_iteration(directory: Path) -> Path | None:
     folder = directory / (f"iter_{int(content):07d}" if re.fullmatch(r"[0-9]{1,18}", content) else "release")
     if not folder.is_dir() or (folder.name == "release" and content != "release"):
         raise CandidateError(
-            f"{tracker}: names the iteration {content!r}, but there is no folder {folder.name!r} beside it. Copy that "
+            f"{tracker}: names the iteration {content!r}, but there is no folder {folder.name!r} next to it. Copy that "
             "folder too, or give the folder of the iteration that is meant."
         )
     return folder

@@ -37,9 +37,9 @@ class RemoteFile:
             return
         content = self._url.read(offset, offset + len(buffer))
         fits = len(content) == len(buffer)
-        later: dict[RemoteFile, str] | None = getattr(_this_thread, "files", None)
-        if later is not None and fits:
-            later.setdefault(self, description)
+        deferred: dict[RemoteFile, str] | None = getattr(_this_thread, "files", None)
+        if deferred is not None and fits:
+            deferred.setdefault(self, description)
         else:
             self.require_unchanged(description)
         if not fits:

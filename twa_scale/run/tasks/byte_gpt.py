@@ -14,9 +14,9 @@ class Block(nn.Module):
     """A transformer block with pre-layer normalization (Xiong et al., arXiv 2002.04745).
 
     Args:
-        d_model: The width.
-        n_head: The number of attention heads; divides `d_model`.
-        causal: Whether a position attends only to itself and to those before it.
+        d_model: the width.
+        n_head: the number of attention heads; divides `d_model`.
+        causal: whether a position attends only to itself and to those before it.
     """
 
     def __init__(self, d_model: int, n_head: int, causal: bool = True) -> None:
@@ -49,11 +49,11 @@ class ByteGPT(nn.Module):
     It has no buffers, so it can be constructed on the meta device and filled from candidates.
 
     Args:
-        context: The length of the longest sequence, in bytes.
-        n_layer: The number of blocks.
-        n_head: The number of attention heads per block; divides `d_model`.
-        d_model: The width.
-        recompute: Whether blocks recompute their activations in backward (activation checkpointing).
+        context: the length of the longest sequence, in bytes.
+        n_layer: the number of blocks.
+        n_head: the number of attention heads per block; divides `d_model`.
+        d_model: the width.
+        recompute: whether blocks recompute their activations in backward (activation checkpointing).
     """
 
     def __init__(

@@ -99,7 +99,7 @@ class CausalLMOptions(Source):
             raise ValueError("`isolate_documents` is for a Hugging Face model; `byte_gpt` has no positions to set")
         conflicts = sorted(self.model_fields_set & set(Source.model_fields))
         if self.sources and conflicts:
-            raise ValueError(f"`{conflicts[0]}` has no effect beside `sources`; give it in the sources")
+            raise ValueError(f"`{conflicts[0]}` has no effect with `sources`; give it in the sources")
         return self
 
 

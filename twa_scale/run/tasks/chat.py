@@ -115,8 +115,8 @@ class ChatEncoder:
         if not_found and hidden.all():
             raise ConfigError(
                 f"{location}: the tokens of message {not_found[0]} cannot be found, because the chat template renders "
-                f"a chat otherwise when messages follow. {MARK}, or write one record for each answer, which ends with "
-                "it."
+                f"a chat differently when messages follow. {MARK}, or write one record for each answer, which ends "
+                "with it."
             )
         self.num_not_found += len(not_found)
         return tokens, hidden

@@ -47,7 +47,7 @@ class Choices:
     """The assumption behind `host_memory`; empty if the user gave it."""
 
     @property
-    def own(self) -> Choice:
+    def configured_choice(self) -> Choice:
         """The choice of the configured store."""
         return next(choice for choice in self.stores if choice.store == self.configured)
 
@@ -64,7 +64,7 @@ class Choices:
             if self.most_exact
             else "no store fits: use more ranks or, if activations are largest, recompute them or shorten the context"
         )
-        return best if self.own.fits else f"{self.configured}, as configured, does not fit; {best}"
+        return best if self.configured_choice.fits else f"{self.configured}, as configured, does not fit; {best}"
 
 
 def choose_store(plan: Plan, memory: int | None = None, host_memory: int | None = None) -> Choices:

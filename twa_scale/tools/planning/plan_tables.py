@@ -30,7 +30,7 @@ def plan_json(plan: Plan, choices: Choices) -> str:
 
 def plan_tables(plan: Plan, choices: Choices) -> Group:
     """Return tables of the plan and of all stores, and a line with the store that fits."""
-    verdict = Text(choices.verdict, "" if choices.own.fits else "bold red")
+    verdict = Text(choices.verdict, "" if choices.configured_choice.fits else "bold red")
     return Group(_plan_table(plan), _stores_table(choices), verdict)
 
 
@@ -46,7 +46,7 @@ def averages_table(bytes_by_part: Mapping[str, int], ranks: int) -> Table:
 
 def _stores_table(choices: Choices) -> Table:
     caption = f"memory of a rank: {human_bytes(choices.memory)}, {_source(choices.assumed, '--memory')}"
-    if choices.own.host:
+    if choices.configured_choice.host:
         source = _source(choices.host_assumed, "--host-memory")
         caption += f"; host memory of a rank: {human_bytes(choices.host_memory)}, {source}"
     table = Table(title="stores, per rank", caption=caption)
