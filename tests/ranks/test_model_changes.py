@@ -32,6 +32,10 @@ def write(model: Any) -> None:
         (p.to_local() if isinstance(p, DTensor) else p).mul_(1.0)
 
 
+def write_data(model: Any) -> None:
+    own_parameter(model).data.clamp_(-0.001, 0.001)
+
+
 def load(model: Any) -> None:
     model.load_state_dict(model.state_dict())
 
@@ -69,7 +73,7 @@ def test_replaced_parameters_are_refused(change: Callable[[Any], None]) -> None:
     assert torch.equal(twa.coefficients, before)
 
 
-@pytest.mark.parametrize("change", [write, load, convert])
+@pytest.mark.parametrize("change", [write, write_data, load, convert])
 def test_written_weights_are_reported_once_and_overwritten(change: Callable[[Any], None]) -> None:
     model, twa = cases.attach("plain", RUN)
     cases.one_step(model, twa, 0)

@@ -130,6 +130,14 @@ def test_an_export_reports_gradients_that_no_step_has_used(tmp_path: Path) -> No
         twa.export(tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_of_torchscript_is_refused() -> None:
+    traced = torch.jit.trace(model(), torch.randn(2, 6))
+    for net in (traced, nn.Sequential(traced)):
+        with pytest.raises(EngineError, match=r"before torch\.jit\.script"):
+            twa_scale.attach(net, candidates())
+
+
 def test_a_step_inside_weights_is_refused() -> None:
     net = model()
     twa = twa_scale.attach(net, candidates())

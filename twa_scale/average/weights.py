@@ -16,6 +16,8 @@ from twa_scale.errors import EngineError
 from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
 
+_SAMPLED_SPANS, _SAMPLED_ELEMENTS = 16, 8  # about the number of spans, and of elements of each, that are compared
+
 Chosen = tuple[torch.Tensor, RowCorrections | None]
 """The u of the weights to write, and the corrections of rows that are added to it."""
 
@@ -52,6 +54,9 @@ class Weights:
         self._other_names = [name for name in self._names if name not in units]
         self.write_deferred = self._deferred.write_all
         self._written: dict[str, object] = {}
+        filled = [span for span in groups if len(span)]
+        self._sampled = filled[:: max(1, len(filled) // _SAMPLED_SPANS)] if engine.device.type == "cpu" else []
+        self._samples: list[torch.Tensor] = []
         self._reported = False
         self._model = ModelChanges(engine.module, self._names)
 
@@ -79,6 +84,8 @@ class Weights:
         with self._clock.part("publish"), torch.no_grad():
             self._engine.publish(self._names)
         self._record_versions(self._other_names if postpone else self._names)
+        # Writes through `.data` do not count as versions. Deferred weights are not there yet.
+        self._samples = [] if postpone and self._deferred.units else list(map(self._sample, self._sampled))
 
     def count_write(self) -> None:
         """Increase the version of all weights, which only torch's own kernels do.
@@ -139,7 +146,15 @@ class Weights:
                     f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), a "
                     "swap of weights, nn.Embedding(max_norm=..))."
                 )
+        for span, before in zip(self._sampled, self._samples, strict=False):
+            if not torch.equal(self._sample(span), before):
+                return f"parameter {span.name!r} was written since the average wrote it (through `.data`, perhaps)."
         return None
+
+    @torch.no_grad()
+    def _sample(self, span: Span) -> torch.Tensor:
+        """Return a copy of a few weights of a span."""
+        return self._engine.live(span)[:: max(1, len(span) // _SAMPLED_ELEMENTS)].clone()
 
     @torch.no_grad()
     def squared_distance(self, choose: Callable[[], Chosen]) -> torch.Tensor:

@@ -57,6 +57,11 @@ def _engine_of(model: object, replica_group: dist.ProcessGroup | None) -> Engine
         return _checked(model, replica_group)
     if not isinstance(model, nn.Module):
         raise EngineError(f"cannot attach to {type(model).__name__}: give {_KNOWN}.")
+    if any(isinstance(child, torch.jit.ScriptModule) for child in model.modules()):
+        raise EngineError(
+            "cannot attach to a TorchScript module (torch.jit): its parameters cannot be reached as those of a module. "
+            "Attach to the module before torch.jit.script or torch.jit.trace; torch.compile is supported."
+        )
     require_usable(model)
     if is_deepspeed(model):
         return zero_engine(model, Group.alone() if replica_group is None else Group(replica_group))
