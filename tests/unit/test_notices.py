@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import twa_scale
 from twa_scale import TwaWarning
 from twa_scale.base.notices import notice
+from twa_scale.cli import program
 
 
 def test_notice_is_attributed_to_the_caller() -> None:
@@ -25,6 +27,26 @@ def test_notice_is_attributed_to_the_caller_of_a_trainer() -> None:
     with pytest.warns(TwaWarning) as caught:
         trainer["train"]()  # type: ignore[operator]
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_standard_output_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patches:
+        patches.setattr(sys, "stdout", full)
+        patches.setattr(program, "app", lambda **_: print("text", flush=True))
+        with pytest.raises(SystemExit) as left:
+            program.main()
+    assert left.value.code == 2 and "standard output cannot be written: No space left" in capsys.readouterr().err
+
+
+def test_current_directory_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit):
+        program.main()
+    assert "current directory cannot be read" in capsys.readouterr().err
 
 
 def test_command_line_prints_one_line() -> None:

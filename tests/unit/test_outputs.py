@@ -151,6 +151,14 @@ def test_provenance(tmp_path: Path) -> None:
     assert messages["config"]["groups"] == "tensor"
 
 
+def test_paths_that_are_not_utf8(tmp_path: Path) -> None:
+    for i in range(2):
+        written(tmp_path / f"step-\udcff{i}/model.safetensors", i)
+    average([tmp_path / "step-\udcff0", tmp_path / "step-\udcff1"], tmp_path / "out")
+    assert "step-\\udcff1" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "step-\\udcff1" in json.loads(header(tmp_path / "out/model.safetensors")["twa_scale"])["candidates"][1]
+
+
 def test_long_provenance_is_shortened_in_headers() -> None:
     origin = provenance("something", ["a", "b"], coefficients=[0.5] * 100_000)
     options = writing_options(CarriedFiles(), origin, OutputOptions(), SafetensorsFormat())

@@ -1,5 +1,6 @@
 """The entry point: it runs the application, and prints notices and errors once for all ranks."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,13 +18,36 @@ from twa_scale.errors import ConfigError, TwaError
 
 def main() -> None:
     """Run the command line. Invalid input ends with one message and exit code 2."""
-    sys.path.append(str(Path.cwd()))  # as for `python -m twa_scale`, so that custom tasks can be imported
     try:
+        sys.path.append(_current_directory())  # as for `python -m twa_scale`, so that custom tasks can be imported
         with _notices():
             app(standalone_mode=True)
     except TwaError as error:
         _print_error(error)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is not None or _can_print():
+            raise
+        _print_error(TwaError(f"the standard output cannot be written: {error.strerror}. Send it elsewhere."))
+        sys.exit(2)
+
+
+def _current_directory() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError as error:
+        raise TwaError(f"the current directory cannot be read: {error.strerror}. Change to another one.") from error
+
+
+def _can_print() -> bool:
+    """Return whether the standard output can be written, unlike that to a full disk."""
+    try:
+        print(flush=True)
+    except OSError:
+        # Python would write the rest at the end of the process, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 @contextmanager

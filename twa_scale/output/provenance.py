@@ -30,7 +30,9 @@ def provenance(wrote: str, candidates: Sequence[str], **more: object) -> dict[st
         candidates: the labels of the candidates.
         more: further entries, such as the step or the coefficients.
     """
-    return {"version": __version__, "wrote": wrote, "candidates": list(candidates), **more}
+    # Outputs are UTF-8, which has no form of the bytes of a path that are not.
+    labels = [label.encode("utf-8", "backslashreplace").decode() for label in candidates]
+    return {"version": __version__, "wrote": wrote, "candidates": labels, **more}
 
 
 def rows_provenance(corrected: bool) -> dict[str, Any]:

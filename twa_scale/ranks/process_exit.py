@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -62,6 +62,8 @@ def exit_process(code: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     finalize_mpi()  # mpi4py registers this with C's atexit, which os._exit skips.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None if the process was started without it
+            with suppress(OSError):
+                stream.flush()
     os._exit(code)
