@@ -45,6 +45,14 @@ def test_writer_refuses_values_that_are_not_finite(tmp_path: Path, own: torch.dt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float8_e4m3fn, 463.0), (torch.float8_e5m2, 61439.0)])
+def test_eight_bits_do_not_saturate(tmp_path: Path, dtype: torch.dtype, largest: float) -> None:
+    """The largest number is written for those that are rounded to it."""
+    assert write(tmp_path / "out", torch.tensor([-largest, 1.0]), dtype).float()[0] == -torch.finfo(dtype).max
+    with pytest.raises(OutputError, match=r"element 1: holds .*too large for torch\.float8"):
+        write(tmp_path / "bad", torch.tensor([1.0, largest + 2]), dtype)
+
+
 def test_masks_may_be_infinite_but_not_nan(tmp_path: Path) -> None:
     values = torch.tensor([0, float("-inf"), float("inf")])
     assert torch.equal(write(tmp_path / "out", values, torch.float16, allow_infinite=True), values.half())

@@ -1,5 +1,7 @@
 """The check that written values are finite, except for infinities in masks."""
 
+import math
+
 import torch
 
 from twa_scale.base.spans import Span
@@ -18,9 +20,14 @@ def require_finite(span: Span, values: torch.Tensor, stored: torch.Tensor, *, al
     Raises:
         OutputError: a value is not finite, or too large for the type of the file.
     """
-    if not stored.is_floating_point() or _all_finite(stored):
+    if not stored.is_floating_point():
+        return
+    saturated = _saturated(values, stored)
+    if saturated is None and _all_finite(stored):
         return
     wrong = ~torch.isfinite(stored.float())
+    if saturated is not None:
+        wrong |= saturated
     if allow_infinite:
         wrong &= ~torch.isinf(values.to("cpu", torch.float64))
     if not wrong.any():
@@ -36,6 +43,16 @@ def require_finite(span: Span, values: torch.Tensor, stored: torch.Tensor, *, al
         f"{location}: holds {value}; only finite numbers are written. Look for candidates, coefficients or a learning "
         "rate that are too large, and go back to a state in which the weights are finite."
     )
+
+
+def _saturated(values: torch.Tensor, stored: torch.Tensor) -> torch.Tensor | None:
+    """Return where values were replaced by the largest number of an 8-bit type, which torch converts to without Inf."""
+    if stored.itemsize > 1 or values.dtype == stored.dtype:
+        return None
+    limits = torch.finfo(stored.dtype)
+    half_unit = limits.eps * 2 ** math.floor(math.log2(limits.max)) / 2
+    beyond = values.to("cpu", torch.float64).abs() >= limits.max + half_unit
+    return beyond if beyond.any() else None
 
 
 def _all_finite(values: torch.Tensor) -> bool:
