@@ -1,4 +1,4 @@
-"""The operations of a step besides arithmetic: two queries for each parameter, and reads of weights if needed."""
+"""The operations of a step besides arithmetic: two queries for each parameter, samples, and reads if needed."""
 
 from typing import Any
 
@@ -72,8 +72,8 @@ def test_large_weights_in_float16_are_read_once() -> None:
     before = engine.lives
     for _ in range(5):
         step(model, twa)
-    assert engine.lives - before == 10 * len(engine.spans()), (
-        "a step counts and makes one write of each span, and reads none"
+    assert engine.lives - before == 20 * len(engine.spans()), (
+        "a step counts and makes one write of each span, compares a few weights before and after, and reads no others"
     )
 
 
@@ -81,7 +81,7 @@ def test_weights_are_read_again_when_coefficients_have_moved_far() -> None:
     model, engine, twa = large(5000.0)
     before = engine.lives
     step(model, twa, 1e2)
-    assert engine.lives - before > 2 * len(engine.spans())
+    assert engine.lives - before > 4 * len(engine.spans())
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     twa.optimizer.param_groups[0]["lr"] = 1e3
     with pytest.raises(TwaError, match=r"not finite in torch\.float16"):

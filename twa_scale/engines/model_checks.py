@@ -28,21 +28,24 @@ def require_materialized(engine: Engine) -> None:
 
 
 def require_same_model(engine: Engine, pods: Pods) -> None:
-    """Check that all ranks have the same engine, and the same parameters in the same order. Collective.
+    """Check that all ranks have the same parameters in the same order, and those of a pod the same engine. Collective.
 
     Otherwise they would add products of different tensors: groups of coefficients are counted in the model's order.
 
     Raises:
         EngineError: names the rank and the parameter; on every rank.
     """
-    entries: dict[str, object] = {"engine": type(engine).__name__}
+    entries: dict[str, object] = {}
     for i, info in enumerate(engine.parameters.values()):
         kind = str(info.dtype).removeprefix("torch.")
         is_trainable = "requires a gradient" if info.trainable else "requires no gradient"
         entries[f"parameter {i}"] = f"{info.name!r} of shape {info.shape} and type {kind} ({is_trainable})"
-    other = first_difference(pods, entries)
+    differences = (
+        first_difference(engine.shard_group, {"engine": type(engine).__name__}),
+        first_difference(pods, entries),
+    )
     with pods.agree():
-        if other:
+        for other in filter(None, differences):
             raise EngineError(
                 f"{other.key}: {other.location} has {other.local} and {other.first_location} has {other.first}. Attach "
                 "to the same model on every rank: same wrapper, parameters, order, types and requires_grad."
