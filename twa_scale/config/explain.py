@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from twa_scale.base.inputs import brief
 from twa_scale.base.names import nearest
@@ -31,6 +31,13 @@ def explained(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> li
         for error in _united(group):
             lines[error["loc"], _message(model, error)] = None
     return list(lines)
+
+
+def first_problem(error: ValidationError) -> tuple[str, Any]:
+    """Return key and message of the first invalid value of a file that this program writes, and the value."""
+    first = error.errors(include_url=False)[0]
+    key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message, first["input"]
 
 
 def _is_branch(part: str | int) -> bool:

@@ -45,7 +45,7 @@ def require_same_model(engine: Engine, pods: Pods) -> None:
         first_difference(pods, entries),
     )
     with pods.agree():
-        for other in filter(None, differences):
+        if other := next(filter(None, differences), None):
             raise EngineError(
                 f"{other.key}: {other.location} has {other.local} and {other.first_location} has {other.first}. Attach "
                 "to the same model on every rank: same wrapper, parameters, order, types and requires_grad."

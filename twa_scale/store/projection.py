@@ -55,9 +55,6 @@ def pieces(
     rows: Dense | Packed, center: torch.Tensor, tiles: int
 ) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
     """Yield columns, rows and center of pieces of about this number of tiles, at least one run of tiles."""
-    if tiles >= rows.count:
-        yield slice(0, rows.m), rows, center
-        return
     step = rows.run * max(1, tiles // rows.run)
     for tile in range(0, rows.count, step):
         first, part = rows.part(tile, tile + step)

@@ -16,6 +16,7 @@ from twa_scale.candidates.conversion import Conversion, made_of_state, row_major
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.segments import Segment
 from twa_scale.config import TwaConfig
+from twa_scale.config.explain import first_problem
 from twa_scale.errors import StateError
 
 VERSION: Literal[2] = 2
@@ -368,12 +369,10 @@ def checked(model: type[M], state: Any, location: str) -> M:
     try:
         return model.model_validate(state)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
+        problem, value = first_problem(error)
         raise StateError(
-            f"{location}: {key + ': ' if key else ''}{message} (got {_shown(first['input'])}). It is not the state of "
-            "a run of this twa_scale. Give a saved state, or start a new run."
+            f"{location}: {problem} (got {_shown(value)}). It is not the state of a run of this twa_scale. Give a "
+            "saved state, or start a new run."
         ) from None
 
 

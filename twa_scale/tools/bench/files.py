@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
 
@@ -22,19 +21,11 @@ from twa_scale.merge import Combination, merge
 from twa_scale.output import TensorSpec, writing
 from twa_scale.ranks import Group
 from twa_scale.store import make_store
-from twa_scale.tools.bench.timing import Measured
+from twa_scale.tools.bench.timing import Measured, Operation
 
 _TIMES = 5
 _EXPORT_BYTES = 1_050_000_000
 _BUFFER = 128 << 10  # bytes per read, as in `cat`
-
-
-class Case(NamedTuple):
-    """One operation to measure."""
-
-    name: str
-    function: Callable[[], None]
-    nbytes: float
 
 
 def run_streaming(
@@ -56,22 +47,22 @@ def run_streaming(
     with TemporaryDirectory(prefix=".bench-", dir=directory) as temporary:
         paths, out = _write(Path(temporary), elements, candidates), Path(temporary) / "out"
         nbytes = sum(path.stat().st_size for path in paths)
-        measured = [_best(Case("plain read", lambda: _read(paths), nbytes))]
+        measured = [_best(Operation("plain read", lambda: _read(paths), nbytes))]
         for name in stores:
             config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
             attach = lambda config=config: _attach(paths, config, device)  # noqa: E731
-            measured.append(_best(Case(f"attach, {name}", attach, nbytes)))
+            measured.append(_best(Operation(f"attach, {name}", attach, nbytes)))
         merged_paths = paths[: max(1, _EXPORT_BYTES // paths[0].stat().st_size)]
         weights = torch.randn(elements * len(merged_paths), device=device)
         written, merged = nbytes * len(merged_paths) / len(paths), nbytes * (1 + 1 / len(paths))
-        cases = [
-            Case("copy", lambda: _copy(merged_paths, out, sync=False), written),
-            Case("copy and sync", lambda: _copy(merged_paths, out, sync=True), written),
-            Case("export and sync", lambda: _export(weights, out), written),
-            Case("read all, copy one and sync", lambda: _read_and_copy(paths, out), merged),
-            Case("merge and sync", lambda: _merge(paths, out), merged),
+        operations = [
+            Operation("copy", lambda: _copy(merged_paths, out, sync=False), written),
+            Operation("copy and sync", lambda: _copy(merged_paths, out, sync=True), written),
+            Operation("export and sync", lambda: _export(weights, out), written),
+            Operation("read all, copy one and sync", lambda: _read_and_copy(paths, out), merged),
+            Operation("merge and sync", lambda: _merge(paths, out), merged),
         ]
-        measured += _interleaved(cases, out)
+        measured += _interleaved(operations, out)
     return measured
 
 
@@ -132,22 +123,25 @@ def _attach(paths: Sequence[Path], config: TwaConfig, device: torch.device) -> N
         candidate.close()
 
 
-def _interleaved(cases: Sequence[Case], out: Path) -> list[Measured]:
-    """Measure cases that write to `out` in rounds, so that other load on the disk affects all of them."""
-    seconds: list[list[float]] = [[] for _ in cases]
+def _interleaved(operations: Sequence[Operation], out: Path) -> list[Measured]:
+    """Measure operations that write to `out` in rounds, so that other load on the disk affects all of them."""
+    seconds: list[list[float]] = [[] for _ in operations]
     for _ in range(_TIMES):
-        for case, times in zip(cases, seconds, strict=True):
+        for operation, times in zip(operations, seconds, strict=True):
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            times.append(_time(case.function))
-    return [Measured(case.name, min(times), case.nbytes) for case, times in zip(cases, seconds, strict=True)]
+            times.append(_time(operation.function))
+    return [
+        Measured(operation.name, min(times), operation.nbytes)
+        for operation, times in zip(operations, seconds, strict=True)
+    ]
 
 
-def _best(case: Case) -> Measured:
-    return Measured(case.name, min(_time(case.function) for _ in range(_TIMES)), case.nbytes)
+def _best(operation: Operation) -> Measured:
+    return Measured(operation.name, min(_time(operation.function) for _ in range(_TIMES)), operation.nbytes)
 
 
-def _time(function: Callable[[], None]) -> float:
+def _time(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

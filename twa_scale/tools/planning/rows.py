@@ -55,8 +55,8 @@ def rows_of_plan(
     exchanged = exchanged_bytes(config.row_exchange, n, count)
     rounds = config.pods > 1 and config.row_exchange != "float32"
     return RowBytes(
-        stored=row_bytes(config, n, count)
-        + (1 + rounds) * 4 * n * count,  # with the best ones, and the rounding errors
+        # With the best ones, and the rounding errors.
+        stored=row_bytes(config, n, count) + (1 + rounds) * 4 * n * count,
         sent=(config.pods - 1) * exchanged if rounds else all_reduced(exchanged, config.pods),
         gathered=config.pods * exchanged if rounds else 0,
         state=(2 + row_moments(config)) * 4 * n * of_all,

@@ -14,6 +14,7 @@ from twa_scale.average.state import PREVIOUS, STATE, AverageState, RunState, loa
 from twa_scale.base.inputs import read_json_mapping
 from twa_scale.base.notices import notice
 from twa_scale.candidates.steps import step_of
+from twa_scale.config.explain import first_problem
 from twa_scale.errors import StateError
 from twa_scale.output.lock import LOCK, owner_of
 from twa_scale.output.provenance import PROVENANCE
@@ -281,10 +282,7 @@ def _parsed(model: type[M], path: Path) -> M | None:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        location = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise StateError(f"{path}: {location + ': ' if location else ''}{message}. {_FIX}") from None
+        raise StateError(f"{path}: {first_problem(error)[0]}. {_FIX}") from None
 
 
 def _json(path: Path) -> dict[str, Any] | None:
