@@ -1,5 +1,6 @@
 """Gradients are freed when they are projected, forgotten on request, and refused if they are not finite."""
 
+import warnings
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
@@ -17,7 +18,8 @@ from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
-from twa_scale import TwaError
+from twa_scale import TwaError, TwaWarning
+from twa_scale.engines.projected_gradients import ProjectedGradients
 from twa_scale.engines.zero import is_deepspeed
 
 ENGINES = ["plain", "ddp", "fsdp2", *flattened.ENGINES]
@@ -36,7 +38,9 @@ def gradients_left(engine: str) -> tuple[list[str], list[str]]:
     """Return the names of tensors that have a gradient after backward, and after a step."""
     model, twa = cases.attach(engine, RUN)
     models.loss(model, own_part(0)).backward()
-    after_backward = [name for name, p in model.named_parameters() if p.grad is not None]
+    after_backward = [
+        name for name, p in model.named_parameters() if p.grad is not None and not ProjectedGradients.is_mark(p.grad)
+    ]
     twa.step()
     stored = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if engine == "sharded-ddp":  # views of buckets that fairscale will fill again
@@ -53,6 +57,36 @@ def test_gradients_are_freed(ranks: Pool, engine: str) -> None:
         )
         assert after_backward == allowed
         assert after_step == []
+
+
+def clip_and_discard(engine: str) -> tuple[list[str], str, str, bool]:
+    """Use projected gradients twice. Discard them before a step, and before the last of two backward passes."""
+    model, twa = cases.attach(engine, RUN)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TwaWarning)
+        for step in range(2):
+            models.loss(model, own_part(step)).backward()
+            projected = [p for p in model.parameters() if p.grad is not None and ProjectedGradients.is_mark(p.grad)]
+            assert not nn.utils.clip_grad_norm_(projected, 1.0).any()
+            nn.utils.clip_grad_value_(projected, 1.0)
+        twa.step()
+    models.loss(model, own_part(2)).backward()
+    model.zero_grad()
+    at_step = cases.error_text(twa.step)
+    models.loss(model, own_part(3)).backward()
+    model.zero_grad()
+    models.loss(model, own_part(4)).backward()
+    in_accumulation = cases.error_text(twa.step)
+    models.loss(model, own_part(5)).backward()
+    return [str(warning.message) for warning in caught], at_step, in_accumulation, twa.step()
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2", "tp"])
+def test_use_of_projected_gradients_is_reported(ranks: Pool, engine: str) -> None:
+    for rank, (texts, at_step, in_accumulation, moved) in enumerate(ranks(clip_and_discard, 2, engine=engine)):
+        assert len(texts) == (rank == 0) and all("max_weight_grad_norm" in text for text in texts)
+        assert "discarded" in at_step and at_step == in_accumulation
+        assert moved
 
 
 def forget_a_backward(engine: str, forget: bool) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, placement_types
@@ -100,3 +101,15 @@ def _placements(name: str, parameter: DTensor) -> dict[Axis, Placement]:
             raise EngineError(f"parameter {name!r} is placed as {placement}; only Shard and Replicate are supported.")
     axes = zip(_axes(parameter.device_mesh), parameter.placements, strict=True)
     return {axis: placement for axis, placement in axes if len(axis) > 1}
+
+
+def like_parameter(parameter: DTensor, local: torch.Tensor) -> DTensor:
+    """Return a DTensor with this local part, and the shape and placements of `parameter`."""
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

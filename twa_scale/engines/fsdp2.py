@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from twa_scale.base.spans import Span
-from twa_scale.engines.dtensor_spans import Axis, MeshLayout
+from twa_scale.engines.dtensor_spans import Axis, MeshLayout, like_parameter
 from twa_scale.engines.engine import Consume, Engine, register_gradient_hooks
 from twa_scale.engines.fsdp2_units import (
     GATHERED,
@@ -33,6 +33,7 @@ from twa_scale.engines.parameters import (
     require_same_parameters,
     was_replaced,
 )
+from twa_scale.engines.projected_gradients import ProjectedGradients
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
@@ -76,6 +77,8 @@ class FSDP2Engine(Engine):
         self._unsharded = ReplicatedParameters(replicated, self.shard_group)
         self.device = next(iter(self._local.values())).device
         self._consume: Consume | None = None
+        first = self.shard_group.rank == 0 and self.replica_group.rank == 0
+        self._projected = ProjectedGradients(warns=first)
         self._hooks: list[torch.utils.hooks.RemovableHandle | PreparingUnshard] = []
 
     def _assign_owners(self, mesh: MeshLayout, spans: dict[str, Span]) -> None:
@@ -122,14 +125,7 @@ class FSDP2Engine(Engine):
             local = parameter.to_local()
         if len(values) != local.numel():
             return None
-        return DTensor.from_local(
-            values.view(local.shape),
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        return like_parameter(parameter, values.view(local.shape))
 
     def units(self) -> list[list[Span]]:
         """Return the spans of each parameter group of FSDP2, without parameters that `publish` has to gather.
@@ -184,9 +180,15 @@ class FSDP2Engine(Engine):
             return
         for name, parameter in self._sharded.items():
             if self.parameters[name].trainable and not self._offloaded(name):
-                hook = partial(self._take, name=name)
-                handle = cast(torch.Tensor, parameter).register_post_accumulate_grad_hook(hook)
-                self._hooks.append(handle)
+                tensor = cast(torch.Tensor, parameter)
+                self._hooks += [
+                    tensor.register_hook(partial(self._projected.before_accumulation, name, tensor)),
+                    tensor.register_post_accumulate_grad_hook(partial(self._take_and_mark, name=name)),
+                ]
+
+    def _take_and_mark(self, parameter: DTensor, name: str) -> None:
+        self._take(parameter, name)
+        self._projected.add(name, parameter)
 
     def _offloaded(self, name: str) -> bool:
         """Whether FSDP2 copies this gradient to the CPU. The copy may not have ended when a hook runs."""
@@ -194,14 +196,13 @@ class FSDP2Engine(Engine):
 
     def _take(self, parameter: DTensor, name: str) -> None:
         gradient = parameter.grad
-        if gradient is None:
+        if gradient is None or self._projected.is_mark(gradient):
             raise EngineError(ALREADY_ATTACHED)
         assert self._consume is not None and isinstance(gradient, DTensor)
         if gradient.placements != parameter.placements:  # without FSDP2, the gradient may hold partial sums
             gradient = gradient.redistribute(placements=parameter.placements)
         span, start, stop = self._owned[name]
         self._consume(span, gradient.to_local().reshape(-1)[start:stop])
-        parameter.grad = None
 
     def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
         """Call `call` in every backward pass that computes a gradient of a parameter.
@@ -231,12 +232,15 @@ class FSDP2Engine(Engine):
                 "FSDP2 holds gradients that it has not reduced; call set_requires_gradient_sync(True), and "
                 "set_requires_all_reduce(True) with HSDP, before the last backward pass of a step."
             )
+        self._projected.finish()
         for name, parameter in self._sharded.items():
             if parameter.grad is not None:
                 self._take(parameter, name)
+                parameter.grad = None
 
     def forget(self) -> None:
         """Drop the pending gradients, including those that FSDP2 has not reduced."""
+        self._projected.remove()
         self._unsharded.forget()
         for parameter in self._sharded.values():
             parameter.grad = None
@@ -252,8 +256,9 @@ class FSDP2Engine(Engine):
             yield from ((holder, name) for holder, name in attributes if getattr(holder, name, None) is not None)
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks and the marks."""
         self._consume = None
+        self._projected.remove()
         while self._hooks:
             self._hooks.pop().remove()
 

@@ -19,6 +19,7 @@ from twa_scale.engines.parameters import (
     require_same_parameters,
     require_separate,
 )
+from twa_scale.engines.projected_gradients import ProjectedGradients
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 
@@ -35,6 +36,7 @@ class PlainEngine(Engine):
         self.shard_group = Group.alone()
         self.replica_group = replica_group
         self._consume: Consume | None = None
+        self._projected = ProjectedGradients(warns=replica_group.rank == 0)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def spans(self) -> list[Span]:
@@ -64,22 +66,25 @@ class PlainEngine(Engine):
             return
 
         def take(_: object, parameter: torch.Tensor, span: Span) -> None:
-            if parameter.grad is None:
+            if parameter.grad is None or self._projected.is_mark(parameter.grad):
                 raise EngineError(ALREADY_ATTACHED)
             consume(span, flat_gradient(parameter.grad))
-            parameter.grad = None
+            self._projected.add(span.name, parameter)
 
         for span in self.spans():
             if self.parameters[span.name].trainable:
                 parameter = self._parameters[span.name]
                 # Not the argument of the hook: torch replaces it by the value of a user's hook, before it refuses that.
                 hook = partial(take, parameter=parameter, span=span)
-                handle = parameter.register_post_accumulate_grad_hook(hook)
-                self._hooks.append(handle)
+                self._hooks += [
+                    parameter.register_hook(partial(self._projected.before_accumulation, span.name, parameter)),
+                    parameter.register_post_accumulate_grad_hook(hook),
+                ]
 
     def drain(self) -> None:
         """Pass on gradients that were kept, or that the script wrote. The hooks have passed on all others."""
         assert self._consume is not None
+        self._projected.finish()
         for span in self.spans():
             parameter = self._parameters[span.name]
             if parameter.grad is not None and parameter.requires_grad:
@@ -88,10 +93,12 @@ class PlainEngine(Engine):
 
     def forget(self) -> None:
         """Drop the gradients that existed before the hooks."""
+        self._projected.remove()
         self.module.zero_grad(set_to_none=True)
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks and the marks."""
         self._consume = None
+        self._projected.remove()
         while self._hooks:
             self._hooks.pop().remove()
