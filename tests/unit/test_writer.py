@@ -251,6 +251,14 @@ def test_overwrite_replaces_only_outputs(tmp_path: Path, make: Callable[[Path], 
     assert left(tmp_path) == ["out"]
 
 
+def test_name_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "earlier.pt").mkdir()
+    write_share(tmp_path / "earlier.pt", Group.alone())
+    with pytest.raises(OutputError, match=r"merged\.safetensors: \.safetensors is the ending of a file"):
+        write_share(tmp_path / "merged.safetensors", Group.alone())
+    assert left(tmp_path) == ["earlier.pt"]
+
+
 def test_unreadable_side_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"elsewhere/config\.json"):
         write_share(tmp_path / "a/out", Group.alone(), files={"config.json": tmp_path / "elsewhere/config.json"})

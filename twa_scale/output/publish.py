@@ -22,6 +22,7 @@ _HINTS = {
     errno.EPERM: "Choose a directory that you may write to",
     errno.EROFS: "Choose a directory that you may write to",
 }
+_ENDINGS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json"}
 
 
 @contextmanager
@@ -63,10 +64,16 @@ def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
         overwrite: whether it may replace an earlier output.
 
     Raises:
-        OutputError: `target` is a file, a mount point or a directory that must not be replaced, or the disk is full.
+        OutputError: `target` is a file or has the name of one, is a mount point or a directory that must not be
+            replaced, or the disk is full.
     """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; the output is a directory. Choose another name.")
+    if not target.exists() and target.suffix in _ENDINGS:
+        raise OutputError(
+            f"{target}: {target.suffix} is the ending of a file; the output is a directory. Choose another name, for "
+            f"example {target.stem}."
+        )
     if target.is_dir():
         if target.is_mount():
             raise OutputError(f"{target}: is a mount point, which a rename cannot replace. Name a directory below it.")

@@ -1,6 +1,7 @@
 """Time limits of the collectives of process groups, including groups that other libraries made."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -39,6 +40,27 @@ def set_collective_timeout(seconds: float) -> None:
     for group in groups:
         if any(name in dist.get_backend_config(group) for name in ("gloo", "nccl")):  # Other backends have no limit.
             set_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def default_of_new_groups(seconds: float) -> Iterator[None]:
+    """Set the time limit of gloo groups that are created in a `with` block without one, if torch cannot set it later.
+
+    `set_collective_timeout` has no effect on gloo before torch 2.9 (pytorch/pytorch#158128).
+
+    Args:
+        seconds: the time limit.
+    """
+    module = dist.distributed_c10d
+    if hasattr(dist.ProcessGroup, "set_timeout") or not hasattr(module, "default_pg_timeout"):
+        yield
+        return
+    before = module.default_pg_timeout
+    module.default_pg_timeout = timedelta(seconds=seconds)
+    try:
+        yield
+    finally:
+        module.default_pg_timeout = before
 
 
 def default_timeout() -> timedelta | None:

@@ -17,6 +17,7 @@ from twa_scale.ranks.destroying import destroy_process_group
 from twa_scale.ranks.failures import Heartbeat, publish_failure, rank_errors
 from twa_scale.ranks.mpi import abort_at_exit, load_mpi, mpi4py_is_installed
 from twa_scale.ranks.rendezvous import rendezvous_in_directory, rendezvous_over_mpi
+from twa_scale.ranks.timeouts import default_of_new_groups
 
 _MASTER_KEYS = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -95,7 +96,7 @@ class World:
             return
         try:
             self._init(device, directory, timeout)
-            with Heartbeat(timeout), rank_errors(), publish_failure():
+            with default_of_new_groups(timeout), Heartbeat(timeout), rank_errors(), publish_failure():
                 yield
         except BaseException as error:
             if getattr(error, "agreed", False):
@@ -114,8 +115,8 @@ class World:
         except (dist.DistError, RuntimeError) as error:
             location = f" at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if self.has_master else ""
             raise RankError(
-                f"rank {self.rank} waited for the other ranks{location}, and not all of them joined in {timeout:.0f} s "
-                f"(`timeout`): {str(error).strip().splitlines()[0]}"
+                f"rank {self.rank} could not join the other ranks{location} in {timeout:.0f} s (`timeout`): "
+                f"{str(error).strip().splitlines()[0]}"
             ) from error
 
     def _rendezvous(self, directory: str | Path | None, timeout: float) -> Store:
