@@ -199,7 +199,9 @@ def test_inspect_of_equal_candidates_and_of_one(digits: TrainedCandidates, shell
 # plan
 
 
-@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("ddp", 2)])
+@pytest.mark.parametrize(
+    ("engine", "size"), [("plain", 1), ("fsdp2", 2), pytest.param("ddp", 2, marks=pytest.mark.slow)]
+)
 def test_plan_matches_the_run(
     ranks: Pool, text: TrainedCandidates, tmp_path: Path, shell: Any, engine: str, size: int
 ) -> None:

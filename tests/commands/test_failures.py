@@ -168,7 +168,9 @@ def export_to_a_full_disk(engine: str, out: Path, rank: int) -> None:
             assert list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize(("engine", "rank"), [("fsdp2", 0), ("fsdp2", 2), ("ddp", 1), ("plain", 0)])
+@pytest.mark.parametrize(
+    ("engine", "rank"), [("fsdp2", 0), ("fsdp2", 2), pytest.param("ddp", 1, marks=pytest.mark.slow), ("plain", 0)]
+)
 def test_a_disk_that_is_full_on_one_rank(ranks: Pool, tmp_path: Path, engine: str, rank: int) -> None:
     """Existing files are kept, and no temporary directory remains."""
     error = ranks.error(export_to_a_full_disk, 3, engine=engine, out=tmp_path / "out", rank=rank)

@@ -80,7 +80,7 @@ def test_exported_step(scores: TrainedCandidates, tmp_path: Path, shell: Any, ke
     assert all(torch.allclose(merged[name], value, rtol=1e-5, atol=1e-6) for name, value in exported.items())
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("keep", ["best", pytest.param("last", marks=pytest.mark.slow)])
 def test_corrections_of_rows_are_kept_and_exported(
     scores: TrainedCandidates, tmp_path: Path, shell: Any, keep: str
 ) -> None:

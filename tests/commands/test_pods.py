@@ -8,13 +8,17 @@ import pytest
 
 from tests.commands.conftest import TrainedCandidates
 from tests.commands.small_runs import load, run_here, settings
+from tests.grid import rest_slow
 from tests.pool import Pool
 from twa_scale import ConfigError
 
 
 @pytest.mark.parametrize(
     ("engine", "pods", "size"),
-    [("auto", 2, 4), pytest.param("ddp", 2, 4, marks=pytest.mark.slow), ("auto", 3, 3), ("plain", 2, 2)],
+    rest_slow(
+        [("auto", 2, 4), ("ddp", 2, 4), ("auto", 3, 3), ("plain", 2, 2)],
+        lambda engine, pods, size: engine != "ddp" and pods == 2,
+    ),
 )
 def test_a_run_in_pods_is_the_run_on_one_rank(
     ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, pods: int, size: int

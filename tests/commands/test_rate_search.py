@@ -199,7 +199,9 @@ def ended(output: Path) -> dict[str, Any]:
     return summary
 
 
-@pytest.mark.parametrize(("engine", "size", "pods"), [("fsdp2", 2, 1), ("plain", 2, 2)])
+@pytest.mark.parametrize(
+    ("engine", "size", "pods"), [("fsdp2", 2, 1), pytest.param("plain", 2, 2, marks=pytest.mark.slow)]
+)
 def test_a_run_trains_with_the_best_rate(
     ranks: Pool, scores: TrainedCandidates, tmp_path: Path, engine: str, size: int, pods: int
 ) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +46,24 @@ def lines(output: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def undisturbed(
     ranks: Pool, scores: TrainedCandidates, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, int], Path]:
-    outputs = {}
-    for engine, size in (("plain", 1), ("ddp", 2), ("fsdp2", 2)):
-        outputs[engine, size] = tmp_path_factory.mktemp("whole") / "out"
-        ranks(run_here, size, data=run_settings(scores, outputs[engine, size], engine=engine))
-    return outputs
+) -> Callable[[str, int], Path]:
+    """Return the output of a run of an engine on a number of ranks; made once."""
+
+    @cache
+    def run(engine: str, size: int) -> Path:
+        output = tmp_path_factory.mktemp("whole") / "out"
+        ranks(run_here, size, data=run_settings(scores, output, engine=engine))
+        return output
+
+    return run
 
 
-@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    ("engine", "size"), [("plain", 1), pytest.param("ddp", 2, marks=pytest.mark.slow), ("fsdp2", 2)]
+)
 def test_the_same_ranks_end_with_the_same_bits(
     ranks: Pool,
-    undisturbed: dict[tuple[str, int], Path],
+    undisturbed: Callable[[str, int], Path],
     scores: TrainedCandidates,
     tmp_path: Path,
     engine: str,
@@ -65,7 +73,7 @@ def test_the_same_ranks_end_with_the_same_bits(
     assert state_of(tmp_path)["step"] == 4 and not (tmp_path / "average").exists()
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5]
     ranks(run_here, size, data=run_settings(scores, tmp_path, engine=engine))
-    whole, continued = undisturbed[engine, size], tmp_path
+    whole, continued = undisturbed(engine, size), tmp_path
     for key in ("x", "coefficients"):
         assert torch.equal(state_of(whole)["twa"][key], state_of(continued)["twa"][key])
     expected, actual = load(whole / "average"), load(continued / "average")
@@ -75,10 +83,10 @@ def test_the_same_ranks_end_with_the_same_bits(
     assert messages[0] == messages[1]  # each step and evaluation occurs once, with the same numbers
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), (2, 3)])
 def test_other_ranks_end_with_the_same_weights(
     ranks: Pool,
-    undisturbed: dict[tuple[str, int], Path],
+    undisturbed: Callable[[str, int], Path],
     scores: TrainedCandidates,
     tmp_path: Path,
     before: int,
@@ -86,7 +94,7 @@ def test_other_ranks_end_with_the_same_weights(
 ) -> None:
     run_and_die(ranks, before, run_settings(interrupted_settings(scores), tmp_path))
     ranks(run_here, after, data=run_settings(scores, tmp_path))
-    expected, actual = load(undisturbed["plain", 1] / "average"), load(tmp_path / "average")
+    expected, actual = load(undisturbed("plain", 1) / "average"), load(tmp_path / "average")
     for name, value in expected.items():
         assert float((actual[name] - value).norm()) <= 1e-6 * float(value.norm()), name
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))

@@ -13,6 +13,7 @@ from torch import nn
 from tests.commands import small_runs
 from tests.commands.conftest import TrainedCandidates
 from tests.commands.small_runs import by_hand, load, run_here, settings, state_of
+from tests.grid import rest_slow
 from tests.pool import Pool
 from twa_scale.config import RunConfig, TaskConfig, load_config, validated
 from twa_scale.output import temporary
@@ -153,7 +154,7 @@ def test_epochs_are_counted_in_whole_batches(scores: TrainedCandidates, tmp_path
     assert run_here(settings(scores.candidates, scores.task, tmp_path / "out", **changes))["steps"] == 8
 
 
-@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["plain", pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_batchnorm_statistics_are_measured_and_exported(
     ranks: Pool, digits: TrainedCandidates, tmp_path: Path, shell: Any, engine: str
 ) -> None:
@@ -212,16 +213,19 @@ def single_rank(text: TrainedCandidates, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize(
     ("engine", "size", "micro"),
-    [
-        ("plain", 1, 3),
-        ("plain", 1, 1),
-        ("plain", 2, None),
-        ("ddp", 2, None),
-        ("ddp", 2, 2),
-        ("fsdp2", 2, None),
-        ("fsdp2", 2, 3),
-        ("auto", 3, 2),
-    ],
+    rest_slow(
+        [
+            ("plain", 1, 3),
+            ("plain", 1, 1),
+            ("plain", 2, None),
+            ("ddp", 2, None),
+            ("ddp", 2, 2),
+            ("fsdp2", 2, None),
+            ("fsdp2", 2, 3),
+            ("auto", 3, 2),
+        ],
+        lambda engine, size, micro: engine == "auto" or (engine, micro) in (("plain", 3), ("ddp", 2), ("fsdp2", 3)),
+    ),
 )
 def test_engines_ranks_and_micro_batches_make_no_difference(
     ranks: Pool,

@@ -16,6 +16,7 @@ import yaml
 from tests.commands.conftest import TrainedCandidates
 from tests.commands.small_runs import load, run_here, settings, state_of
 from tests.commands.test_resume import lines
+from tests.grid import rest_slow
 from tests.pool import Pool
 from twa_scale.run.stopping import SIGNALS, STOPPED, Stop, Stopped
 
@@ -62,15 +63,18 @@ def undisturbed(ranks: Pool, scores: TrainedCandidates, tmp_path_factory: pytest
 
 @pytest.mark.parametrize(
     ("method", "call", "rank", "step"),
-    [
-        ("dataset", 2, 1, 0),  # before the candidates are read
-        ("model", 1, 0, 0),
-        ("metrics", 1, 1, 0),  # during the evaluation of step 0
-        ("metrics", 3, 0, 2),  # during the evaluation of step 2
-        ("loss", 4, 1, 4),  # where an evaluation is due
-        ("loss", 6, 0, 6),  # where the state is saved
-        ("loss", STEPS, 1, STEPS),  # only the export remains
-    ],
+    rest_slow(
+        [
+            ("dataset", 2, 1, 0),  # before the candidates are read
+            ("model", 1, 0, 0),
+            ("metrics", 1, 1, 0),  # during the evaluation of step 0
+            ("metrics", 3, 0, 2),  # during the evaluation of step 2
+            ("loss", 4, 1, 4),  # where an evaluation is due
+            ("loss", 6, 0, 6),  # where the state is saved
+            ("loss", STEPS, 1, STEPS),  # only the export remains
+        ],
+        lambda method, call, *_: method == "dataset" or (method, call) in (("metrics", 3), ("loss", 6)),
+    ),
 )
 def test_all_ranks_stop_at_the_next_boundary(
     ranks: Pool,

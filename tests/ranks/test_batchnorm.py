@@ -60,7 +60,7 @@ class ByKeyword(nn.Module):
     ("engine", "size"),
     rest_slow(
         product(["plain", "ddp", "fsdp2", "hsdp", "zero2", "zero3"], [1, 2, 3]),
-        lambda engine, size: size == {"plain": 1, "fsdp2": 3}.get(engine, 2),
+        lambda engine, size: size == {"plain": 1, "fsdp2": 3, "hsdp": 2, "zero3": 2}.get(engine),
     ),
 )
 def test_statistics_are_those_of_all_batches_in_one_process(ranks: Pool, engine: str, size: int) -> None:

@@ -29,6 +29,7 @@ from twa_scale.run.evaluate import evaluate
 from twa_scale.tools.inspection import inspect
 
 ENGINES = ["plain", "ddp", "fsdp2"]
+EACH_KIND = rest_slow([(engine,) for engine in ENGINES], lambda engine: engine != "ddp")
 
 
 def states(count: int = 5) -> list[dict[str, Tensor]]:
@@ -66,7 +67,7 @@ def test_different_paths_are_refused(ranks: Pool, tmp_path: Path, engine: str, s
     assert isinstance(error, CandidateError) and f"rank {size - 1}" in str(error) and "rank 0" in str(error)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", EACH_KIND)
 def test_different_state_dicts_are_refused(ranks: Pool, engine: str) -> None:
     changed = models.candidates()
     changed[2]["blocks.1.up.bias"][-1] += 1e-3
@@ -77,7 +78,7 @@ def test_different_state_dicts_are_refused(ranks: Pool, engine: str) -> None:
     assert "3 candidates" in str(ranks.error(attach, 2, engine=engine, given=inputs))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", EACH_KIND)
 def test_copies_on_local_disks(ranks: Pool, tmp_path: Path, engine: str) -> None:
     """Equal copies may have any name. The error for a different one names rank, candidate and tensor."""
     inputs = []
@@ -121,7 +122,7 @@ def test_one_rank_resolves_a_glob_for_all(ranks: Pool, tmp_path: Path) -> None:
     assert late.exists() and results == [[str(path) for path in paths]] * 2
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", EACH_KIND)
 @pytest.mark.parametrize(
     ("key", "values"), [("groups", ("block", "tensor")), ("optimizer", ({"lr": 0.1}, {"lr": 0.2}))]
 )
@@ -218,7 +219,7 @@ def test_average_with_different_options(ranks: Pool, tmp_path: Path, first: dict
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_average_of_different_candidates(ranks: Pool, tmp_path: Path, size: int) -> None:
     paths = save(tmp_path, states())
     inputs: list[tuple[list[Path], dict[str, Any]]] = [(paths[:4], {})] * (size - 1)

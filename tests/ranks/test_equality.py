@@ -1,9 +1,9 @@
 """Every engine at every number of ranks gives the result of one process with whole float64 candidates."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -130,12 +130,46 @@ def runs_of(engine: str, size: int) -> list[str]:
 
 
 def options_of(engine: str, size: int, name: str) -> list[str]:
-    """Return the options to pair in `make test`: an engine with its ranks, and the settings of a run."""
+    """Return the options to pair: an engine with its ranks, and the settings of a run."""
     if name not in GRID:
         return [engine, str(size), name]
     config = GRID[name].config
     basis, grouping = name.split("-")
     return [engine, str(size), basis, grouping, config["units"], config["optimizer"]["name"]]
+
+
+# Engines that hold, reduce and write the same elements in the same way.
+ALIKE = {"ddp": "replicas", "plain": "replicas"}
+FLAT = dict.fromkeys([*flattened.ENGINES, "zero1", "zero2"], "flat")
+OF_AN_ENGINE = ("basis", "groups", "units", "optimizer", "row_lr", "accumulate")
+
+
+def settings_of(name: str) -> dict[str, str]:
+    """Return the settings of a run by name, also those that it leaves out where others give them."""
+    run = ALL[name]
+    optimizer = dict(run.config["optimizer"])
+    settings = {"basis": "normalized", "groups": "global", "center": "mean", "start": "center", "units": "delta"}
+    settings |= run.config | {"optimizer": optimizer.pop("name"), "accumulate": run.accumulate}
+    settings |= dict.fromkeys(optimizer.keys() & {"row_lr", "weight_decay"}) | {"shape": run.scalar_shape}
+    return {key: str(value) for key, value in settings.items()}
+
+
+def shown_by(engine: str, size: int, name: str) -> Iterator[Any]:
+    """Yield what a run shows: an engine at a number of ranks and with its main settings, and pairs of settings.
+
+    Engines that are alike show the other settings together.
+    """
+    settings = settings_of(name)
+    yield engine, size
+    yield from ((engine, setting) for setting in settings.items() if setting[0] in OF_AN_ENGINE)
+    yield from ((ALIKE.get(engine, engine), setting) for setting in settings.items())
+    yield from combinations(sorted(settings.items()), 2)
+
+
+def shown_in_increments(engine: str, size: int, name: str) -> list[Any]:
+    """Return what a run with increments shows: its engine, and of engines that are alike, a size and a basis."""
+    alike = (ALIKE | FLAT).get(engine, engine)
+    return [engine, (alike, size), (alike, name)]
 
 
 def group_of(engine: str, size: int, *_: object) -> str:
@@ -147,9 +181,13 @@ CASES = grid(
     [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name not in ROUNDED | INCREMENTS],
     options_of,
     group_of,
+    shown_by,
 )
 CASES_OF_INCREMENTS = grid(
-    [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name in INCREMENTS], options_of, group_of
+    [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name in INCREMENTS],
+    options_of,
+    group_of,
+    shown_in_increments,
 )
 Ends = Callable[[str, int], list[dict[str, RunResult]]]
 

@@ -26,7 +26,7 @@ ENGINES = ["plain", "ddp", "fsdp2", *flattened.ENGINES]
 SIZES = [1, 2, 3]
 RUN = Run({"groups": "block"}, steps=3)
 OF_ONE = [(engine,) for engine in (*ENGINES, *zero.ENGINES)]
-EACH_KIND = ["plain", "ddp", "fsdp2", "fsdp1-flat", "zero2"]  # replicas, shards of rows, flat shards, DeepSpeed
+EACH_KIND = ["plain", "fsdp2", "fsdp1-flat", "zero2"]  # replicas, shards of rows, flat shards, DeepSpeed
 
 
 def own_part(step: int) -> models.Batch:
@@ -143,7 +143,9 @@ def accumulate(engine: str, late: bool) -> dict[str, Tensor]:
     return cases.gathered(model)
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize(
+    "engine", rest_slow([(engine,) for engine in ENGINES[1:]], lambda engine: engine not in ("fsdp1", "sharded-ddp"))
+)
 def test_gradients_that_are_reduced_late_are_the_same(ranks: Pool, engine: str) -> None:
     at_once, late = (ranks(accumulate, 2, engine=engine, late=late) for late in (False, True))
     for expected, weights in zip(at_once, late, strict=True):
@@ -267,7 +269,10 @@ def train_narrow(engine: str) -> tuple[dict[str, Tensor], int]:
 
 @pytest.mark.parametrize(
     ("engine", "size"),
-    rest_slow(product([*ENGINES, *zero.ENGINES], SIZES), lambda engine, size: size == (1 if engine == "plain" else 3)),
+    rest_slow(
+        product([*ENGINES, *zero.ENGINES], SIZES),
+        lambda engine, size: engine in EACH_KIND and size == (1 if engine == "plain" else 3),
+    ),
 )
 def test_rank_without_elements_takes_part(ranks: Pool, engine: str, size: int) -> None:
     steps = [narrow_data(step, size) for step in range(5)]
@@ -312,7 +317,13 @@ def attach_twice(engine: str) -> None:
     twa_scale.attach(model, candidates=states)
 
 
-@pytest.mark.parametrize("engine", ["ddp", *flattened.ENGINES, *zero.ENGINES])
+@pytest.mark.parametrize(
+    "engine",
+    rest_slow(
+        [(engine,) for engine in ("ddp", *flattened.ENGINES, *zero.ENGINES)],
+        lambda engine: engine in ("ddp", "fsdp1-flat", "zero2"),
+    ),
+)
 def test_a_second_average_is_refused_until_the_first_is_closed(ranks: Pool, engine: str) -> None:
     assert "another average is attached" in str(ranks.error(attach_twice, 2, engine=engine))
 
@@ -348,11 +359,14 @@ def test_an_unsynchronized_backward_pass_of_other_weights_is_refused(ranks: Pool
 
 @pytest.mark.parametrize(
     ("engine", "config"),
-    [
-        *((engine, {}) for engine in ("plain", "ddp", "fsdp2", *flattened.ENGINES, *zero.ENGINES)),
-        ("plain", CLIPPED),
-        ("fsdp2", CLIPPED),
-    ],
+    rest_slow(
+        [
+            *((engine, {}) for engine in ("plain", "ddp", "fsdp2", *flattened.ENGINES, *zero.ENGINES)),
+            ("plain", CLIPPED),
+            ("fsdp2", CLIPPED),
+        ],
+        lambda engine, _: engine in EACH_KIND,
+    ),
 )
 def test_a_backward_pass_of_other_weights_is_refused(ranks: Pool, engine: str, config: dict[str, Any]) -> None:
     size = 1 if engine == "plain" else 2
@@ -376,7 +390,9 @@ def train_after_a_refusal(engine: str, refused: bool) -> dict[str, torch.Tensor]
     return cases.gathered(model)
 
 
-@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("fsdp1", 2)])
+@pytest.mark.parametrize(
+    ("engine", "size"), rest_slow([("plain", 1), ("fsdp2", 2), ("fsdp1", 2)], lambda engine, _: engine != "fsdp1")
+)
 def test_a_step_after_a_refused_backward_pass(ranks: Pool, engine: str, size: int) -> None:
     expected = ranks(train_after_a_refusal, size, engine=engine, refused=False)[0]
     for name, value in ranks(train_after_a_refusal, size, engine=engine, refused=True)[0].items():

@@ -44,7 +44,7 @@ def attach(engine: str, comm: str) -> Any:
     return coefficients
 
 
-@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["plain", pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_gloo_equals_auto_on_cpu(ranks: Pool, engine: str) -> None:
     auto, gloo = (ranks(attach, 2, engine=engine, comm=comm) for comm in ("auto", "gloo"))
     assert all(torch.equal(item, auto[0]) for item in auto + gloo)

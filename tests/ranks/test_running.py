@@ -57,7 +57,7 @@ ENGINES = [
     ("zero2", 3),
     ("zero3", 3),
 ]
-QUICK = [("plain", 1), ("ddp", 3), ("fsdp2", 3), ("fsdp1-flat", 3), ("zero3", 3)]  # and those that hold whole rows
+QUICK = [("plain", 2), ("fsdp2", 3), ("fsdp1-flat", 3), ("zero3", 3)]  # and those that hold whole rows
 REST = sorted({(engine, size) for engine, _ in ENGINES if engine != "columns-tp" for size in (1, 2, 3)} - {*ENGINES})
 
 

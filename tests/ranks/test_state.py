@@ -102,7 +102,8 @@ SAME = [(engine, size, name) for engine, size in (("plain", 1), ("ddp", 2), ("fs
 
 
 @pytest.mark.parametrize(
-    ("engine", "size", "name"), rest_slow(SAME, lambda engine, _, name: engine == "plain" or name in ("pca", "rows"))
+    ("engine", "size", "name"),
+    rest_slow(SAME, lambda engine, _, name: engine == "plain" or (engine == "fsdp2" and name == "rows")),
 )
 def test_the_same_ranks_continue_bit_for_bit(
     ranks: Pool, uninterrupted: Callable[..., Any], tmp_path: Path, engine: str, size: int, name: str
@@ -123,9 +124,7 @@ PARTS = {
     "tp-hsdp-tp": [("fsdp2-tp", 4, 2), ("hsdp", 4, 2), ("tp", 2, 2)],
     "zero": [("zero3", 3, 2), ("fsdp2", 2, 2), ("zero1", 2, 2)],
 }
-QUICK = dict(
-    zip(PARTS, [["normalized"], ["pca", "rows"], ["simplex"], ["orthonormal"], ["rows"], ["rows"]], strict=True)
-)
+QUICK = dict(zip(PARTS, [["pca"], ["rows"], ["simplex"], ["orthonormal"], ["rows"], ["normalized"]], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ CHANGED = ["one element", "frozen", "swapped", "one less", *OTHER]
     ("engine", "size", "change"),
     rest_slow(
         [(engine, size, change) for engine, size in (("plain", 2), ("fsdp2", 3)) for change in CHANGED],
-        lambda engine, _, change: engine == "plain" or change in ("one element", "groups"),
+        lambda engine, _, change: engine == "plain" or change == "one element",
     ),
 )
 def test_a_state_of_something_else_is_refused_on_every_rank(

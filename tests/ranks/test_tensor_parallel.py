@@ -121,7 +121,7 @@ def accumulate(engine: str, end: str) -> Any:
     return cases.gathered(model), twa.coefficients
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_zero_grad_drops_unreduced_gradients(ranks: Pool, bf16: bool) -> None:
     """With a reduce_dtype, FSDP2 holds unreduced gradients in another attribute."""
     after_both, after_one = (ranks(drop_gradients, 2, bf16=bf16, unreduced=unreduced) for unreduced in (True, False))

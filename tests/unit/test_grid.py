@@ -18,6 +18,18 @@ def test_subset_covers_every_pair_and_grid_keeps_all_cases() -> None:
     assert {k for k, parameters in enumerate(marked) if not parameters.marks} == chosen
 
 
+def test_cases_that_show_nothing_more_are_slow_if_they_cover_pairs() -> None:
+    cases = list(product(["a", "b", "c"], ["d", "e", "f"], ["g", "h", "i"]))
+    needed = covering(cases)
+    marked = grid(cases, shown=lambda first, second, third: [(first, second), third])
+    named = [[mark.name for mark in parameters.marks] for parameters in marked]
+    chosen = {k for k, names in enumerate(named) if not names}
+    assert {case[:2] for case in map(cases.__getitem__, chosen)} == set(product("abc", "def"))
+    assert {cases[k][2] for k in chosen} == set("ghi") and len(chosen) == 9
+    assert needed - chosen == {k for k, names in enumerate(named) if names == ["slow"]}
+    assert all(names == ["grid"] for k, names in enumerate(named) if k not in needed | chosen)
+
+
 def test_cases_that_are_not_kept_are_slow() -> None:
     cases = list(product("ab", (1, 2)))
     marked = rest_slow(cases, lambda letter, number: letter == "a" or number == 2)

@@ -1,6 +1,7 @@
 """Project and combine with sums and weights for each segment (output row), for all kernels and stores."""
 
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.deltas import fill
+from tests.grid import rest_slow
 from tests.unit.test_kernels import KERNELS, KINDS, LENGTHS, bounds, exact, make, step
 from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig, validated
@@ -60,8 +62,11 @@ def check_segments(kernels: Kernels, rows: Rows, segments: Segments, dtypes: Seq
         torch.testing.assert_close(rounded, out.to(dtype), rtol=room, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+@pytest.mark.parametrize(
+    ("kernels", "kind"),
+    rest_slow(product(KERNELS, KINDS), lambda kernels, kind: (kernels.name, kind) != ("numba", "packed2")),  # compiles
+    ids=lambda value: getattr(value, "name", value),
+)
 @settings(max_examples=25, deadline=None)
 @given(
     data=st.data(),
@@ -143,7 +148,7 @@ def stores_of(name: str, values: Tensor, span: Span) -> Store:
     return store
 
 
-@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize("name", rest_slow([(name,) for name in STORES], lambda name: name != "packed2"))
 @pytest.mark.parametrize("length", [27, 768, 5000])
 @pytest.mark.parametrize("span", [Span("w", 300, 4800), Span("w", 30, 4530, 50, 90)], ids=["range", "strided"])
 def test_stores(name: str, length: int, span: Span, monkeypatch: pytest.MonkeyPatch) -> None:

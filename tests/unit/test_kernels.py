@@ -118,18 +118,23 @@ def test_a_thousand_rows(kernels: Kernels, kind: str) -> None:
 def test_threads_do_not_change_results(kind: str) -> None:
     """Results of several ranges are bitwise equal for any number of torch's threads."""
     torch.manual_seed(0)
-    rows, gradient = make(kind, torch.randn(8, 400_003), 50), torch.randn(400_003)
-    fast, before = NumbaKernels(), torch.get_num_threads()
+    m, fast, before = 400_003, NumbaKernels(), torch.get_num_threads()
+    rows, (gradient, base), weights = make(kind, torch.randn(8, m), 50), torch.randn(2, m), torch.randn(8)
     try:
         actual = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            actual.append(fast.project(rows, gradient))
-            check(fast, rows, gradient, torch.randn(8), torch.randn(400_003))
+            combined = [torch.full((m,), torch.nan, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+            for out in combined:
+                fast.combine(rows, weights, base, 0.7, out)
+            actual.append((fast.project(rows, gradient), *combined))
+        check(fast, rows, gradient, weights, base)  # with two threads
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(actual[1], actual[3])
-    torch.testing.assert_close(actual[0], actual[2], rtol=0, atol=1e-10 * float(actual[0].abs().max()) + 1e-9)
+    assert torch.equal(actual[1][0], actual[3][0])
+    for products, *combined in actual:
+        torch.testing.assert_close(products, actual[0][0], rtol=0, atol=1e-10 * float(actual[0][0].abs().max()) + 1e-9)
+        assert all(map(torch.equal, combined, actual[1][1:])), "other numbers of threads give other weights"
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])

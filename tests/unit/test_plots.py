@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from tests.grid import rest_slow
 from twa_scale.errors import OutputError
 from twa_scale.run.plots import DIVERGING, plot_cosines, plot_training
 
@@ -21,7 +22,13 @@ def share_of(picture: np.ndarray, color: tuple[float, ...]) -> float:
     return float((np.abs(picture[..., :3] - np.array(color[:3])).max(-1) < 0.02).mean())
 
 
-@pytest.mark.parametrize(("n", "groups"), [(1, 1), (2, 1), (10, 1), (3, 4), (10, 60), (40, 200), (256, 1), (256, 200)])
+@pytest.mark.parametrize(
+    ("n", "groups"),
+    rest_slow(
+        [(1, 1), (2, 1), (10, 1), (3, 4), (10, 60), (40, 200), (256, 1), (256, 200)],
+        lambda n, groups: (n, groups) in ((1, 1), (3, 4), (256, 200)),
+    ),
+)
 def test_training_is_drawn_at_any_size(tmp_path: Path, n: int, groups: int) -> None:
     before = dict(mpl.rcParams)
     coefficients = np.random.default_rng(0).normal(1 / n, 0.2, (n, groups))
