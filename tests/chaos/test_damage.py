@@ -3,8 +3,6 @@
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import pytest
 
 from tests.chaos.damage import damage
 from tests.chaos.formats import FORMATS, Format, stored_bytes, write_torch
+from tests.forked_modules import run_module
 from twa_scale.errors import TwaError
 
 DEEPSPEED = ("2/1-bf16", "2/2-fp32", "2/3-fp32")
@@ -54,8 +53,7 @@ def test_many_random_damages(written: Path, tmp_path: Path, name: str, chaos_see
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("deepspeed") / "written"
-    command = [sys.executable, "-m", "tests.write_deepspeed", str(directory)]
-    subprocess.run(command, cwd=Path(__file__).resolve().parents[2], check=True, capture_output=True, timeout=600)
+    run_module("tests.write_deepspeed", directory, timeout=600).check_returncode()
     for case in DEEPSPEED:
         for seed in range(3):
             shutil.copytree(directory / case, directory / case.replace("/", "-") / str(seed))

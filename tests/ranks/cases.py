@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
 import twa_scale
 from tests import flattened, meshes, models, zero
+from tests.gathering import whole_tensors
 from twa_scale import TwaError
 from twa_scale.engines.zero import is_deepspeed
 
@@ -124,8 +124,4 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
         return zero.whole(model)
     if isinstance(model, FullyShardedDataParallel):
         return flattened.whole(model)
-    result = {}
-    for name, p in model.named_parameters():
-        value = p.full_tensor() if isinstance(p, DTensor) else p
-        result[name.removeprefix("module.")] = value.detach().clone()
-    return result
+    return whole_tensors({name.removeprefix("module."): p for name, p in model.named_parameters()})

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 import twa_scale
 from tests import flattened, meshes, models
+from tests.gathering import whole_tensors
 from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases, test_script_features
@@ -43,10 +43,6 @@ def build(mode: str) -> Any:
 
 def attach(model: nn.Module, combine: str) -> twa_scale.TrainableAverage:
     return twa_scale.attach(model, models.candidates(), {"groups": "block", "combine": combine})
-
-
-def whole(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for name, v in state.items()}
 
 
 def own_loss(model: nn.Module, step: int) -> Tensor:
@@ -85,7 +81,7 @@ def train(mode: str, combine: str, out: Path) -> dict[str, Any]:
     Snapshots(out / "snapshots", every_n_steps=1).save(model, 1)
     step(15)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    seen |= whole(kept)
+    seen |= whole_tensors(kept)
     saved = twa.state_dict()
     step(16)
     twa.load_state_dict(saved)

@@ -5,8 +5,6 @@ import logging
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests import models
+from tests.forked_modules import run_module
 from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks.cases import gathered
@@ -32,7 +31,6 @@ from twa_scale.output.snapshots import Snapshots
 from twa_scale.ranks import Group
 
 Tensors = dict[str, torch.Tensor]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
@@ -218,13 +216,7 @@ def test_exit_after_an_error_does_not_wait(ranks: Pool, tmp_path: Path) -> None:
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[int]]]:
     """Return directory and exit codes of programs that ended while they wrote; see `tests/end_while_writing.py`."""
     directory = tmp_path_factory.mktemp("ended")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.end_while_writing", str(directory)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_module("tests.end_while_writing", directory, timeout=120)
     assert done.returncode == 0, done.stderr
     return {
         name: (directory / name, [int(code) for code in codes.split(",")])

@@ -3,17 +3,14 @@
 import importlib.util
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.forked_modules import run_module
 from tests.sentences import SENTENCES
 from twa_scale.candidates.formats import file_handles
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def num_open() -> int:
@@ -75,7 +72,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     directory = tmp_path_factory.mktemp("deepspeed") / "written"
-    command = [sys.executable, "-m", "tests.write_deepspeed", str(directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = run_module("tests.write_deepspeed", directory, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return directory

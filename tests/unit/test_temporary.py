@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked_modules import run_module
 from tests.kill_while_writing import KILLS
 from twa_scale.candidates import open_candidates
 from twa_scale.errors import CandidateError
@@ -39,8 +38,7 @@ def prepare(target: Path) -> TemporaryName:
 def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     seed = str(time.time_ns() % 1000)
     print("seed", seed)
-    command = [sys.executable, "-m", "tests.kill_while_writing", str(tmp_path_factory.mktemp("kills")), seed]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    ran = run_module("tests.kill_while_writing", tmp_path_factory.mktemp("kills"), seed, timeout=300)
     assert ran.returncode == 0, ran.stderr
     actual: dict[str, dict[str, int]] = json.loads(ran.stdout)
     return actual
