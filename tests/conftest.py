@@ -26,7 +26,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from visiting the modules and tests, which remain: half a second each time."""
+    """Keep the garbage collector from visiting modules and tests, which remain; that takes half a second each time.
+
+    numba is imported here, because the process that distributes the tests does not need it.
+    """
+    from tests.compile_once import compile_once
+
+    compile_once()
     gc.collect()
     gc.freeze()
 

@@ -4,19 +4,15 @@ A worker that imports DeepSpeed or compiles a kernel does so for itself alone, w
 Nothing here may start a thread: a forked process has only the thread that called fork.
 """
 
-import fcntl
 import gc
 import importlib
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from tests.compile_once import compile_once
 from twa_scale.kernels import Dense, Differences, Packed, Target
 from twa_scale.kernels.kernels import Rows
 from twa_scale.kernels.numba.compiled import NumbaKernels
@@ -63,19 +59,11 @@ def compile_kernels() -> None:
         kernels.combine(deltas, torch.ones(3), torch.zeros(5), 1.0, torch.empty(5))
 
 
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Wait while another server compiles: what it has compiled is only loaded then."""
-    with (Path(tempfile.gettempdir()) / f"twa_scale-compile-{os.getuid()}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 torch.set_num_threads(1)
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
 for module in MODULES:
     importlib.import_module(module)
-with one_at_a_time():
-    compile_kernels()
+compile_once()
+compile_kernels()
 gc.collect()
 gc.freeze()  # these objects remain, so the garbage collector of a worker can skip them

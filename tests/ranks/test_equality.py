@@ -102,10 +102,12 @@ INCREMENTS = {
     for name, config in IN_INCREMENTS.items()
 }
 # Every engine makes one long run at every number of ranks. The others differ in what is set up before the first step.
-# Corrections of rows and increments need six steps to have an effect, which tests below require.
+# Corrections of rows and increments need six steps to have an effect, and simplex four, which tests below require.
 LONG = "normalized-block"
 ALL = {
-    name: run if name == LONG else replace(run, steps=6 if name in INCREMENTS or "rows" in name else 4)
+    name: run
+    if name == LONG
+    else replace(run, steps=6 if name in INCREMENTS or "rows" in name else 4 if "simplex" in name else 3)
     for name, run in (GRID | MORE | ROUNDED | INCREMENTS).items()
 }
 
