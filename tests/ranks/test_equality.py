@@ -101,15 +101,20 @@ INCREMENTS = {
     )
     for name, config in IN_INCREMENTS.items()
 }
-# Every engine makes one long run at every number of ranks. The others differ in what is set up before the first step.
-# Corrections of rows and increments need six steps to have an effect, and simplex four, which tests below require.
 LONG = "normalized-block"
-ALL = {
-    name: run
-    if name == LONG
-    else replace(run, steps=6 if name in INCREMENTS or "rows" in name else 4 if "simplex" in name else 3)
-    for name, run in (GRID | MORE | ROUNDED | INCREMENTS).items()
-}
+
+
+def num_steps(name: str) -> int:
+    """Return the steps of a run. All but one differ in what is set up before the first step.
+
+    Corrections of rows and increments need six steps to have an effect, and `simplex` four, which tests below require.
+    """
+    if name == LONG:
+        return cases.NUM_STEPS
+    return 6 if name in INCREMENTS or "rows" in name else 4 if "simplex" in name else 3
+
+
+ALL = {name: replace(run, steps=num_steps(name)) for name, run in (GRID | MORE | ROUNDED | INCREMENTS).items()}
 
 # Every basis and every grouping, with two passes per step.
 EACH_ONCE = [LONG, "orthonormal-tensor", "pca-global", "simplex-patterns", "accumulated", "rows"]
@@ -195,8 +200,14 @@ Ends = Callable[[str, int], list[dict[str, RunResult]]]
 
 
 def grouped(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Return cases that begin with engine and size, with the mark of the process that makes their runs."""
-    return [pytest.param(*case, marks=pytest.mark.xdist_group(group_of(*case))) for case in cases]
+    """Return cases that begin with engine and size, with the mark of the process that makes their runs.
+
+    DDP holds and writes what one process does, so its cases are slow.
+    """
+    return [
+        pytest.param(*case, marks=[pytest.mark.xdist_group(group_of(*case)), *[pytest.mark.slow] * (case[0] == "ddp")])
+        for case in cases
+    ]
 
 
 @pytest.fixture(scope="session")
