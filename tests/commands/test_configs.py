@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.commands.conftest import CommandResult, TrainedCandidates
 from tests.commands.small_runs import by_hand, load, run_here
+from tests.grid import rest_slow
 from tests.pool import Pool
 from twa_scale.config import load_config
 
@@ -47,7 +48,7 @@ def test_each_configuration_is_tested() -> None:
     assert {path.stem for path in CONFIGS} == {*RUNS, *TESTED_ELSEWHERE}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", rest_slow([(name,) for name in RUNS], lambda name: name != "fsdp2-slurm"))
 def test_configuration_runs(
     name: str, ranks: Pool, text: TrainedCandidates, digits: TrainedCandidates, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands.conftest import TrainedCandidates
 from tests.commands.small_runs import load, run_here, settings, state_of
+from tests.grid import rest_slow
 from tests.pool import Pool
 from twa_scale.errors import OutputError, StateError, TwaError
 from twa_scale.merge import export_run
@@ -192,8 +194,17 @@ def test_schedule_that_ended_at_zero_continues(scores: TrainedCandidates, tmp_pa
     assert "continuing from step 4 of 6, which were 4: the learning rate follows the schedule of 6" in result.err
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "summary.json"])
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00 not UTF-8", b"", b"[1, 2]\n", b'{"step": "x"}\n3\n'], ids=str)
+@pytest.mark.parametrize(
+    ("content", "name"),
+    rest_slow(
+        product(
+            [b"\xff\xfe\x00 not UTF-8", b"", b"[1, 2]\n", b'{"step": "x"}\n3\n'],
+            ["metrics.jsonl", "config.json", "summary.json"],
+        ),
+        lambda content, name: name == "metrics.jsonl" or content.startswith(b"\xff"),
+    ),
+    ids=str,
+)
 def test_other_files_next_to_the_state_do_not_prevent_a_resume(
     scores: TrainedCandidates, tmp_path: Path, name: str, content: bytes
 ) -> None:

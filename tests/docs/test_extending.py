@@ -141,6 +141,7 @@ def test_the_table_names_and_counts_the_files_of_each_example() -> None:
         assert int(num_new) == len(new) and all(path.startswith(folder) for path in new), anchor
 
 
+@pytest.mark.slow
 def test_examples_of_the_page_work(copy: Path) -> None:
     program = copy / "program.py"
     program.write_text(PROGRAM)

@@ -30,6 +30,7 @@ def pages(site: Path) -> dict[Path, Page]:
     return pages_of(site)
 
 
+@pytest.mark.slow
 def test_every_link_leads_to_a_page_and_an_anchor(pages: dict[Path, Page]) -> None:
     dead = []
     resolved = {path.resolve(): page for path, page in pages.items()}
@@ -44,16 +45,19 @@ def test_every_link_leads_to_a_page_and_an_anchor(pages: dict[Path, Page]) -> No
     assert dead == []
 
 
+@pytest.mark.slow
 def test_text_is_not_parsed_as_tags(pages: dict[Path, Page]) -> None:
     unknown = {str(path): actual for path, page in pages.items() if (actual := page.tags - KNOWN_TAGS)}
     assert unknown == {}
 
 
+@pytest.mark.slow
 def test_every_formula_is_typeset(pages: dict[Path, Page]) -> None:
     assert [path for path, page in pages.items() if re.search(r"\\[(\[]|\$\S|arithmatex|<!--", page.text)] == []
     assert any("math" in page.tags for page in pages.values())
 
 
+@pytest.mark.slow
 def test_pages_load_nothing_from_another_host(pages: dict[Path, Page]) -> None:
     loaded = {load for page in pages.values() for load in page.loads}
     assert [load for load in loaded if re.match(r"(\w+:)?//", load)] == []

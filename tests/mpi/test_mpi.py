@@ -92,9 +92,10 @@ def test_all_methods_of_a_group_over_mpi(results: Any) -> None:
         assert result["copied"].tolist() == [[size - 1] * 2] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "words"),
-    [("dies", "not mounted on this node"), pytest.param("lost", "MASTER_ADDR", marks=pytest.mark.slow)],
+    [("dies", "not mounted on this node"), ("lost", "MASTER_ADDR")],
 )
 def test_failing_rank_ends_the_others(mpirun: Mpirun, tmp_path: Path, case: str, words: str) -> None:
     ended = mpirun(2, "tests.mpi.script", case, tmp_path, timeout=60)

@@ -53,7 +53,7 @@ def attach(engine: str, given: Sequence[Any], configs: Sequence[dict[str, Any]] 
     ("engine", "size", "case"),
     rest_slow(
         product(ENGINES, [2, 3], ["shifted", "more", "head only"]),
-        lambda engine, size, case: size == (2 if case == "more" else 3) and (engine != "ddp" or case == "shifted"),
+        lambda engine, size, case: size == (2 if case == "more" else 3) and (engine == "fsdp2" or case == "shifted"),
     ),
 )
 def test_different_paths_are_refused(ranks: Pool, tmp_path: Path, engine: str, size: int, case: str) -> None:

@@ -253,7 +253,7 @@ def train_and_export(layout: Layout, directory: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["2 x 2 fsdp2", "uneven", "mixed"])
+@pytest.mark.parametrize("name", ["2 x 2 fsdp2", pytest.param("uneven", marks=pytest.mark.slow), "mixed"])
 def test_one_pod_writes_and_all_share_statistics(ranks: Pool, tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
     size = sum(ranks for _, ranks in layout)

@@ -100,7 +100,7 @@ def test_recomputed_activations_are_not_kept_but_those_of_one_block(tmp_path: Pa
     assert kept.notes == repeated.notes == ()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_bytes_of_every_store(tmp_path: Path, dtype: torch.dtype) -> None:
     config = validated(RunConfig, settings(tmp_path, dtype=dtype) | {"exclude": ["norm"]})
     plan = make_plan(config, 1)
