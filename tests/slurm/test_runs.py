@@ -98,6 +98,7 @@ def test_stopped_run_ends_with_the_same_bits(
     job = submit(write_config(scores, tmp_path, engine, seconds), options=options)
     job.until(lambda: len(steps_of(output)) >= 3 or job.facts["JobState"] in ENDED)
     if command:
+        assert job.facts["JobState"] not in ENDED, job.said()
         slurm.call(*(word.replace("JOB", job.number) for word in command))
     facts = job.wait()
     assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, job.said()
