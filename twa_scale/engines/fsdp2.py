@@ -182,7 +182,7 @@ class FSDP2Engine(Engine):
             if self.parameters[name].trainable and not self._offloaded(name):
                 tensor = cast(torch.Tensor, parameter)
                 self._hooks += [
-                    tensor.register_hook(partial(self._projected.before_accumulation, name, tensor)),
+                    self._projected.register(name, tensor),
                     tensor.register_post_accumulate_grad_hook(partial(self._take_and_mark, name=name)),
                 ]
 

@@ -77,7 +77,7 @@ class PlainEngine(Engine):
                 # Not the argument of the hook: torch replaces it by the value of a user's hook, before it refuses that.
                 hook = partial(take, parameter=parameter, span=span)
                 self._hooks += [
-                    parameter.register_hook(partial(self._projected.before_accumulation, span.name, parameter)),
+                    self._projected.register(span.name, parameter),
                     parameter.register_post_accumulate_grad_hook(hook),
                 ]
 

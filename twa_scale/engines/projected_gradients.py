@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from twa_scale.base.notices import notice
 from twa_scale.engines.dtensor_spans import like_parameter
@@ -13,22 +14,23 @@ from twa_scale.errors import EngineError
 
 
 class ProjectedGradient(torch.Tensor):
-    """A tensor of zeros without memory.
+    """A tensor of zeros without memory. Copies of it, and what is saved of it in a file, are tensors of zeros.
 
     Args:
-        like: has the shape, strides, dtype and device.
+        like: has the shape, strides and device.
+        dtype: the type of the elements.
         on_use: called before each operation on the tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
 
-    def __new__(cls, like: torch.Tensor, on_use: Callable[[], None]) -> "ProjectedGradient":
-        """Make the tensor."""
+    def __new__(cls, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[], None]) -> "ProjectedGradient":
+        """Make the tensor. Its storage has no bytes, so code that reads or shares storages finds nothing to read."""
         return torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+            cls, like.shape, strides=like.stride(), dtype=dtype, device=like.device, storage_size=0
         )
 
-    def __init__(self, like: torch.Tensor, on_use: Callable[[], None]) -> None:
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[], None]) -> None:
         super().__init__()
         self._on_use = on_use
 
@@ -39,17 +41,48 @@ class ProjectedGradient(torch.Tensor):
         """Call `operation` with zeros. Views of the same shape, from which DTensors are made, are no use."""
         mark = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
         if operation is torch.ops.aten.view.default and tuple(args[1]) == mark.shape:
-            return cls(mark, mark._on_use)
+            return cls(mark, mark.dtype, mark._on_use)
+        in_backward = torch._C._current_graph_task_id() >= 0
+        if operation is torch.ops.aten.add_.Tensor and isinstance(args[0], cls) and in_backward:
+            raise EngineError(
+                "backward has added a gradient to one that it has projected and freed, where it would be lost: the "
+                "hooks of the parameter are gone (`to()` of a module with DTensors removes them), or several threads "
+                "run backward. Attach after to(), and run backward in one thread."
+            )
         mark._on_use()
+        aliases = [argument.alias_info for argument in operation._schema.arguments]
+        written = tree_leaves([value for value, alias in zip(args, aliases, strict=False) if alias and alias.is_write])
+        if written and all(isinstance(value, cls) for value in written) and operation.namespace == "aten":
+            return args[0] if operation._schema.returns else None
 
         def as_zeros(value: Any) -> Any:
-            return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, cls) else value
+            if not isinstance(value, cls):
+                return value
+            # One element in place of all, so that a norm over a model needs no memory; others may write to the zeros.
+            shape = value.shape if any(aliases) else ()
+            return torch.zeros(shape, dtype=value.dtype, device=value.device).expand(value.shape)
 
         return operation(*tree_map(as_zeros, args), **tree_map(as_zeros, kwargs or {}))
 
     def __iadd__(self, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override, misc]
         """Return `gradient`: FSDP2 adds the gradients of several backward passes with this operator."""
-        return gradient
+        return gradient if isinstance(gradient, torch.Tensor) else self.add_(gradient)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Return zeros."""
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle zeros, without `on_use`."""
+        return self.clone().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return zeros. torch refuses subclasses here and in `tolist`."""
+        return self.clone().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Return zeros."""
+        return self.clone().tolist()
 
 
 class ProjectedGradients:
@@ -64,18 +97,35 @@ class ProjectedGradients:
 
     def __init__(self, *, warns: bool) -> None:
         self._warns = warns
-        self._marks: dict[str, torch.Tensor] = {}
-        self._marked: dict[str, torch.Tensor] = {}
+        self._marks: dict[str, torch.Tensor] = {}  # by name of the parameter; they are used again in the next step
+        self._marked: dict[str, torch.Tensor] = {}  # the parameters whose gradient is a mark now
         self._lost: str | None = None
+
+    def register(self, name: str, parameter: torch.Tensor) -> RemovableHandle:
+        """Remove the mark of this parameter before autograd accumulates a gradient, which would be lost in the mark.
+
+        FSDP2 accumulates without autograd: `ProjectedGradient.__iadd__`. `torch.autograd.grad` removes the mark, too.
+        """
+
+        def remove(_: torch.Tensor) -> None:
+            if name in self._marked and parameter.grad is self._marks[name]:
+                del self._marked[name]
+                parameter.grad = None
+
+        handle: RemovableHandle = parameter.register_hook(unserializable_hook(remove))  # pickled without a warning
+        return handle
 
     def add(self, name: str, parameter: torch.Tensor) -> None:
         """Replace the gradient of the parameter of this name by a mark."""
-        mark = self._marks.get(name)
-        if name in self._marked and parameter.grad is not mark:
+        gradient, mark = parameter.grad, self._marks.get(name)
+        assert gradient is not None
+        if name in self._marked and gradient is not mark:
             self._lost = self._lost or name
-        used = parameter.grad is mark  # FSDP2 has put the next gradient into it
-        if mark is None or used or (mark.dtype, mark.device) != (parameter.dtype, parameter.device):
-            mark = self._marks[name] = self._mark(parameter)
+        if gradient is mark:  # FSDP2 has replaced its local part by the next gradient
+            assert isinstance(mark, DTensor)
+            mark._local_tensor = ProjectedGradient(mark._local_tensor, mark.dtype, self._warn)
+        elif mark is None or (mark.dtype, mark.device) != (gradient.dtype, gradient.device):
+            mark = self._marks[name] = self._mark(parameter, gradient.dtype)
         parameter.grad = mark
         self._marked[name] = parameter
 
@@ -83,12 +133,6 @@ class ProjectedGradients:
     def is_mark(gradient: torch.Tensor) -> bool:
         """Return whether a gradient, or the local part of it, is a mark."""
         return isinstance(gradient.to_local() if isinstance(gradient, DTensor) else gradient, ProjectedGradient)
-
-    def before_accumulation(self, name: str, parameter: torch.Tensor, _gradient: torch.Tensor) -> None:
-        """Remove the mark of a parameter. A hook that autograd calls before it adds a gradient; FSDP2 does not."""
-        if name in self._marked and parameter.grad is self._marks[name]:
-            del self._marked[name]
-            parameter.grad = None
 
     def remove(self) -> str | None:
         """Remove all marks. Return the name of a parameter whose mark was gone, or None."""
@@ -109,21 +153,22 @@ class ProjectedGradients:
         """
         if lost := self.remove():
             raise EngineError(
-                f"the gradient of {lost!r} was discarded or replaced (model.zero_grad(), `.grad = ..`), but backward "
-                "has projected it already, so it would count in this step. Call zero_grad() of the average instead."
+                f"the gradient of {lost!r} was discarded or replaced (model.zero_grad(), `.grad = ..`, `.grad += ..`), "
+                "but backward has projected it already, so it would count in this step. Call zero_grad() of the "
+                "average to discard gradients; add terms to the loss instead of to a gradient."
             )
 
-    def _mark(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _mark(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not isinstance(parameter, DTensor):
-            return ProjectedGradient(parameter, self._warn)
+            return ProjectedGradient(parameter, dtype, self._warn)
         with torch.no_grad():
-            return like_parameter(parameter, ProjectedGradient(parameter.to_local(), self._warn))
+            return like_parameter(parameter, ProjectedGradient(parameter.to_local(), dtype, self._warn))
 
     def _warn(self) -> None:
         if self._warns:
             self._warns = False
             notice(
-                "the gradients of this model are projected and freed during backward, so clipping or changing them has "
-                "no effect. Set max_weight_grad_norm to clip them, or max_grad_norm to clip the gradient of the "
-                "coefficients."
+                "the gradients of this model are projected and freed during backward, so clipping, changing or zeroing "
+                "them has no effect. Set max_weight_grad_norm to clip them, or max_grad_norm to clip the gradient of "
+                "the coefficients. Call zero_grad() of the average to discard them."
             )
