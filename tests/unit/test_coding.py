@@ -59,6 +59,7 @@ class TestCoding:
         assert coding.levels[0] == (first,)
         assert sorted(i for level in coding.levels for i in level) == list(range(5))
 
+    @settings(deadline=None)
     @given(st.lists(st.floats(-1, 1), min_size=1, max_size=9), st.integers(0, 99))
     def test_row_weights_and_products_are_adjoint(self, b: list[float], seed: int) -> None:
         """<sum_i u_i delta_i, g> is the same from rows and from deltas, also for several groups."""
