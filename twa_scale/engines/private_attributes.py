@@ -1,5 +1,6 @@
 """Checks that the private attributes of other libraries exist, when a model is attached."""
 
+import inspect
 import sys
 from collections.abc import Iterable
 
@@ -16,7 +17,7 @@ def require(library: str, instance: object, names: Iterable[str]) -> None:
     Raises:
         EngineError: names the missing attribute, the installed version, and the tested versions.
     """
-    annotated = {name for kind in type(instance).__mro__ for name in vars(kind).get("__annotations__", ())}
+    annotated = {name for kind in type(instance).__mro__ for name in inspect.get_annotations(kind)}
     for name in names:
         if not hasattr(instance, name) and name not in annotated:
             raise EngineError(

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from twa_scale.base.notices import notice
 from twa_scale.engines.dtensor_spans import like_parameter
+from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 
 
@@ -76,14 +77,6 @@ class ProjectedGradient(torch.Tensor):
         """Pickle zeros, without `on_use`."""
         return self.clone().__reduce_ex__(protocol)
 
-    def numpy(self, *, force: bool = False) -> Any:
-        """Return zeros. torch refuses subclasses here and in `tolist`."""
-        return self.clone().numpy(force=force)
-
-    def tolist(self) -> Any:
-        """Return zeros."""
-        return self.clone().tolist()
-
 
 class ProjectedGradients:
     """The marks in a model: `grad` of each parameter whose gradient was projected and freed is a mark until the step.
@@ -93,9 +86,13 @@ class ProjectedGradients:
 
     Args:
         warns: whether this rank issues the warning.
+
+    Raises:
+        EngineError: this version of torch lacks private attributes that are used.
     """
 
     def __init__(self, *, warns: bool) -> None:
+        require("torch", torch._C, ["_current_graph_task_id", "_disabled_torch_function_impl"])
         self._warns = warns
         self._marks: dict[str, torch.Tensor] = {}  # by name of the parameter; they are used again in the next step
         self._marked: dict[str, torch.Tensor] = {}  # the parameters whose gradient is a mark now
@@ -161,6 +158,7 @@ class ProjectedGradients:
     def _mark(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not isinstance(parameter, DTensor):
             return ProjectedGradient(parameter, dtype, self._warn)
+        require("torch", parameter, ["_local_tensor"])
         with torch.no_grad():
             return like_parameter(parameter, ProjectedGradient(parameter.to_local(), dtype, self._warn))
 
