@@ -281,3 +281,22 @@ def test_unpacking_raises_with_a_fix() -> None:
     for inputs in (twa, twa.as_optimizer()):
         with pytest.raises(TwaError, match=r"optimizers=\(twa\.as_optimizer\(\), None\)"):
             _optimizer, _scheduler = inputs
+
+
+def test_a_compiled_function_takes_the_same_steps() -> None:
+    """Hooks and steps run in the compiled function, but are not compiled."""
+
+    def take(model: Any, twa: TrainableAverage) -> None:
+        model(torch.ones(3, 4)).square().sum().backward()
+        twa.step()
+
+    results = []
+    for call in (take, torch.compile(take, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        states = [{name: value + 0.1 * i for name, value in model.state_dict().items()} for i in (1, 2, 4)]
+        twa = twa_scale.attach(model, states)
+        for _ in range(3):
+            call(model, twa)
+        results.append(twa.coefficients)
+    assert torch.equal(*results) and not torch.equal(results[0], torch.full_like(results[0], 1 / 3))

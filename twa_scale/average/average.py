@@ -76,7 +76,8 @@ class TrainableAverage(Stateful):
         sums = torch.zeros(store.coding.num_rows + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         clips = config.max_weight_grad_norm is not None
         gradients = Gradients(store, self._spans, rows, sums, self.clock, basis.needs_center, with_norm=clips)
-        self.optimizer = AverageOptimizer(make_optimizer(config, self._x), rows, self, self._take_step)
+        take_step = torch.compiler.disable(self._take_step)  # a compiled function may call step()
+        self.optimizer = AverageOptimizer(make_optimizer(config, self._x), rows, self, take_step)
         """A torch optimizer for schedulers and trainers; its step is `step`."""
         self.closed = self._moved = False
         self._swapped = SwappedWeights(engine, pods, lambda: self._written.write(), gradients.set_fault)

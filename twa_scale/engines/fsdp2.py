@@ -178,12 +178,13 @@ class FSDP2Engine(Engine):
         self._consume = consume
         if self.keeps_gradients:
             return
+        take = torch.compiler.disable(self._take_and_mark)  # as in `PlainEngine`
         for name, parameter in self._sharded.items():
             if self.parameters[name].trainable and not self._offloaded(name):
                 tensor = cast(torch.Tensor, parameter)
                 self._hooks += [
                     self._projected.register(name, tensor),
-                    tensor.register_post_accumulate_grad_hook(partial(self._take_and_mark, name=name)),
+                    tensor.register_post_accumulate_grad_hook(partial(take, name=name)),
                 ]
 
     def _take_and_mark(self, parameter: DTensor, name: str) -> None:

@@ -71,6 +71,7 @@ class PlainEngine(Engine):
             consume(span, flat_gradient(parameter.grad))
             self._projected.add(span.name, parameter)
 
+        take = torch.compiler.disable(take)  # a compiled function that calls backward() would compile hooks, too
         for span in self.spans():
             if self.parameters[span.name].trainable:
                 parameter = self._parameters[span.name]
