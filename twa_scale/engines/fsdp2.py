@@ -22,7 +22,7 @@ from twa_scale.engines.fsdp2_units import (
     require_replaceable_unshard,
 )
 from twa_scale.engines.parameters import (
-    ALREADY_ATTACHED,
+    GRADIENT_TAKEN,
     ParameterLocations,
     flat_view,
     memory_version,
@@ -198,7 +198,7 @@ class FSDP2Engine(Engine):
     def _take(self, parameter: DTensor, name: str) -> None:
         gradient = parameter.grad
         if gradient is None or self._projected.is_mark(gradient):
-            raise EngineError(ALREADY_ATTACHED)
+            raise EngineError(GRADIENT_TAKEN)
         assert self._consume is not None and isinstance(gradient, DTensor)
         if gradient.placements != parameter.placements:  # without FSDP2, the gradient may hold partial sums
             gradient = gradient.redistribute(placements=parameter.placements)

@@ -16,6 +16,10 @@ from twa_scale.errors import EngineError
 T = TypeVar("T")
 
 ALREADY_ATTACHED = "another average is attached to this model and has taken its gradients; call close() on it first."
+GRADIENT_TAKEN = (
+    "another average is attached to this model and has taken its gradients (call close() on it first), or a hook of "
+    "the model frees gradients, as an optimizer in backward does (remove it)."
+)
 _MARK = "_averaged_by_twa_scale"
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.parameters import (
-    ALREADY_ATTACHED,
+    GRADIENT_TAKEN,
     flat_gradient,
     flat_view,
     memory_version,
@@ -67,7 +67,7 @@ class PlainEngine(Engine):
 
         def take(_: object, parameter: torch.Tensor, span: Span) -> None:
             if parameter.grad is None or self._projected.is_mark(parameter.grad):
-                raise EngineError(ALREADY_ATTACHED)
+                raise EngineError(GRADIENT_TAKEN)
             consume(span, flat_gradient(parameter.grad))
             self._projected.add(span.name, parameter)
 
