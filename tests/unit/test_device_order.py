@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import twa_scale
 import twa_scale.engines.deferred_weights  # before the device is simulated: annotations name classes of torch.cuda
 from tests.simulated import CUDA, Simulated, Stream, simulated
+from twa_scale import TwaWarning
 from twa_scale.base.spans import Span
 from twa_scale.engines.model_checks import require_device
 from twa_scale.engines.plain import PlainEngine
@@ -92,6 +93,18 @@ def test_a_step_waits_once(device: Simulated, settings: dict[str, Any]) -> None:
         assert device.waits == ["copy to the host"]
         twa.zero_grad()
     assert device.hazards == []
+    twa.close()
+
+
+def test_a_write_through_data_is_reported_without_a_wait(device: Simulated) -> None:
+    model = build(device)
+    twa = twa_scale.attach(model, candidates(), {"store": "dense32", "kernels": "torch"})
+    model[0].weight.data.mul_(2)
+    model(device.on_device(torch.randn(8, 6))).square().mean().backward()
+    device.waits.clear()
+    with pytest.warns(TwaWarning, match=r"0\.weight.*`\.data`"):
+        twa.step()
+    assert device.waits == ["copy to the host"]
     twa.close()
 
 

@@ -92,6 +92,7 @@ class CoefficientStep:
             self._written.rows.reduce(clip / scale)
         self._train(products, scaler)
         self.count += finite
+        self._weights.report_samples()  # the host has waited for the device, and the ranks for each other
         return finite
 
     def _require_same(self, loss_scale: float) -> None:

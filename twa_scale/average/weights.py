@@ -7,6 +7,7 @@ import torch
 from twa_scale.average.layout import Layout
 from twa_scale.average.model_changes import ModelChanges
 from twa_scale.average.rows import RowCorrections
+from twa_scale.average.weight_samples import WeightSamples
 from twa_scale.base.clock import Clock
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
@@ -15,8 +16,6 @@ from twa_scale.engines.deferred_weights import Combine, DeferredWeights
 from twa_scale.errors import EngineError
 from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
-
-_SAMPLED_SPANS, _SAMPLED_ELEMENTS = 16, 8  # about the number of spans, and of elements of each, that are compared
 
 Chosen = tuple[torch.Tensor, RowCorrections | None]
 """The u of the weights to write, and the corrections of rows that are added to it."""
@@ -54,9 +53,7 @@ class Weights:
         self._other_names = [name for name in self._names if name not in units]
         self.write_deferred = self._deferred.write_all
         self._written: dict[str, object] = {}
-        filled = [span for span in groups if len(span)]
-        self._sampled = filled[:: max(1, len(filled) // _SAMPLED_SPANS)] if engine.device.type == "cpu" else []
-        self._samples: list[torch.Tensor] = []
+        self._samples = WeightSamples(engine, groups)
         self._reported = False
         self._model = ModelChanges(engine.module, self._names)
 
@@ -84,8 +81,10 @@ class Weights:
         with self._clock.part("publish"), torch.no_grad():
             self._engine.publish(self._names)
         self._record_versions(self._other_names if postpone else self._names)
-        # Writes through `.data` do not count as versions. Deferred weights are not there yet.
-        self._samples = [] if postpone and self._deferred.units else list(map(self._sample, self._sampled))
+        if postpone and self._deferred.units:  # the weights are not there yet
+            self._samples.clear()
+        else:
+            self._samples.record()
 
     def count_write(self) -> None:
         """Increase the version of all weights, which only torch's own kernels do.
@@ -117,7 +116,14 @@ class Weights:
             EngineError: a parameter was replaced by another one, or frozen.
         """
         self._model.check()
-        change = self._written_by_others()
+        self._report(self._written_by_others())
+        self._samples.compare(wait=False)
+
+    def report_samples(self) -> None:
+        """Report a change that `check` has found by the comparison that it has started on the device."""
+        self._report(self._changed_samples())
+
+    def _report(self, change: str | None) -> None:
         if change and not self._reported:
             self._reported = True
             notice(
@@ -128,7 +134,8 @@ class Weights:
     def change(self) -> str | None:
         """Return text about a parameter that other code has changed since `write` on this rank, for an export."""
         try:
-            change = self._written_by_others()
+            self._samples.compare(wait=True)
+            change = self._written_by_others() or self._changed_samples()
         except EngineError as error:
             return f"{error} The export has the weights that the average wrote."
         return change and f"{change} The export has the weights as they are now."
@@ -146,15 +153,11 @@ class Weights:
                     f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), a "
                     "swap of weights, nn.Embedding(max_norm=..))."
                 )
-        for span, before in zip(self._sampled, self._samples, strict=False):
-            if not torch.equal(self._sample(span), before):
-                return f"parameter {span.name!r} was written since the average wrote it (through `.data`, perhaps)."
         return None
 
-    @torch.no_grad()
-    def _sample(self, span: Span) -> torch.Tensor:
-        """Return a copy of a few weights of a span."""
-        return self._engine.live(span)[:: max(1, len(span) // _SAMPLED_ELEMENTS)].clone()
+    def _changed_samples(self) -> str | None:
+        name = self._samples.changed()
+        return name and f"parameter {name!r} was written since the average wrote it (through `.data`, perhaps)."
 
     @torch.no_grad()
     def squared_distance(self, choose: Callable[[], Chosen]) -> torch.Tensor:
