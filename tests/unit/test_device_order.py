@@ -99,7 +99,7 @@ def test_a_step_waits_once(device: Simulated, settings: dict[str, Any]) -> None:
 def test_a_write_through_data_is_reported_without_a_wait(device: Simulated) -> None:
     model = build(device)
     twa = twa_scale.attach(model, candidates(), {"store": "dense32", "kernels": "torch"})
-    model[0].weight.data.mul_(2)
+    model.get_parameter("0.weight").data.mul_(2)
     model(device.on_device(torch.randn(8, 6))).square().mean().backward()
     device.waits.clear()
     with pytest.warns(TwaWarning, match=r"0\.weight.*`\.data`"):
