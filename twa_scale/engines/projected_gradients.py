@@ -39,7 +39,7 @@ class ProjectedGradient(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's annotation lacks the defaults
         cls, operation: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `operation` with zeros. Views of the same shape, from which DTensors are made, are no use."""
+        """Call `operation` with zeros. A view of the same shape, needed to make a DTensor, does not count as use."""
         mark = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
         if operation is torch.ops.aten.view.default and tuple(args[1]) == mark.shape:
             return cls(mark, mark.dtype, mark._on_use)
