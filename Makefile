@@ -25,7 +25,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Hundreds of processes that the tests start would each compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart soup scale-run results proof proof-small test test-slow test-all test-chaos gpu-wheels test-gpu check docs release clean
+.PHONY: help setup quickstart soup scale-run results proof proof-trials proof-small test test-slow test-all test-chaos gpu-wheels test-gpu check docs release clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -59,6 +59,9 @@ results: setup ## Repeat the quickstart with three seeds and rewrite docs/result
 
 proof: setup $(PACKAGES) $(SENTENCES) ## Compare TWA with other methods at equal cost: hours, 23 GB of disk; continues where it was. TASK=name SEEDS="0 1".
 	OMP_NUM_THREADS=1 $(PROOF) $(if $(SEEDS),--seeds $(SEEDS)) --page
+
+proof-trials: setup $(PACKAGES) $(SENTENCES) ## Compare settings of the recipes on development seeds: hours. TASK=name SEEDS="100".
+	OMP_NUM_THREADS=1 $(PROOF) --size trials $(if $(SEEDS),--seeds $(SEEDS)) --page
 
 proof-small: setup $(PACKAGES) $(SENTENCES) ## The same at a small size, in minutes, for one development seed: losses on the validation split.
 	$(PROOF) --size small --out runs/proof-small --seeds 100

@@ -1,6 +1,7 @@
 """A plain training loop for the examples: one AdamW step on one batch, with warmup and clipping."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,10 +58,13 @@ class Training:
         loss.backward()
         return loss.item()
 
-    def decay(self, start: int, stop: int, factor: float = 1.0) -> None:
+    def decay(
+        self, start: int, stop: int, factor: float = 1.0, after_step: Callable[[], object] = lambda: None
+    ) -> None:
         """Take the steps from `start` to `stop` with a rate that falls linearly from `factor` to zero."""
         for step in range(start, stop):
             self.update(step, factor * (stop - step) / (stop - start))
+            after_step()
 
     def state(self) -> dict[str, Any]:
         """Return a copy of this rank's weights and of the optimizer's state."""

@@ -28,12 +28,16 @@ TASKS = {
     "soup": "Soup",
     "adapters": "Adapters",
 }
+# The sizes whose tables the page has, with what is added to the names of their tasks there.
+ON_PAGE = {"full": "", "trials": " trials"}
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The seeds of one task that a command runs."""
 
+    name: str
+    """Of its tables on the page."""
     kind: Any
     """The class of the work on one seed."""
     out: Path
@@ -51,7 +55,7 @@ class Comparison:
     @property
     def shown(self) -> list[int]:
         """Return the seeds of the tables."""
-        return self.development or self.settings["seeds"]
+        return self.development or seeds_on_page(self.settings)
 
     def work(self, seed: int) -> Work:
         made: Work = self.kind(self.out, seed, self.settings, self.source)
@@ -75,8 +79,13 @@ def main() -> None:
     """Run the parts that are missing, then print the tables, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
-    parser.add_argument("--seeds", type=int, nargs="*", help="the final ones when not given; none: only the tables")
-    parser.add_argument("--size", choices=["full", "small", "tiny"], default="full")
+    parser.add_argument("--seeds", type=int, nargs="*", help="all of the page when not given; none: only the tables")
+    parser.add_argument(
+        "--size",
+        choices=[*ON_PAGE, "small", "tiny"],
+        default="full",
+        help="trials: settings of recipes, on other seeds",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     parser.add_argument(
         "--packages", type=Path, default=Path("runs/proof/packages"), help="Debian packages of texts and images"
@@ -87,10 +96,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     comparisons = {task: comparison(task, arguments) for task in arguments.task}
-    if arguments.page and any(one.development for one in comparisons.values()):
-        parser.error(f"--page: {PAGE.name} has tables of final seeds, and --seeds has others")
+    if arguments.page and any(set(one.seeds) - set(seeds_on_page(one.settings)) for one in comparisons.values()):
+        parser.error(f"--page: --seeds has seeds that are not those of {PAGE.name}")
     check(list(comparisons.values()), arguments.out)
-    for task, one in comparisons.items():
+    for one in comparisons.values():
         for seed in one.seeds:
             work = one.work(seed)
             run_parts(work.parts(), work.rows)
@@ -99,7 +108,7 @@ def main() -> None:
         written = tables(one.out, one.settings, one.shown, one.kept())
         print(written)
         if arguments.page:
-            PAGE.write_text(updated(PAGE.read_text(), task, written))
+            PAGE.write_text(updated(PAGE.read_text(), one.name, written))
 
 
 def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
@@ -107,9 +116,17 @@ def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
     kind = getattr(import_module(f"examples.proof.{task}.task"), TASKS[task])  # Soup loads transformers
     settings = kind.read(arguments.size)
     source = getattr(arguments, kind.source)
-    seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
-    results = Path(__file__).with_name("results") / task if arguments.size == "full" else None
-    return Comparison(kind, arguments.out / task, settings, source, seeds, results)
+    seeds = seeds_on_page(settings) if arguments.seeds is None else arguments.seeds
+    results = Path(__file__).with_name("results") / task if arguments.size in ON_PAGE else None
+    return Comparison(
+        f"{task}{ON_PAGE.get(arguments.size, '')}", kind, arguments.out / task, settings, source, seeds, results
+    )
+
+
+def seeds_on_page(settings: Settings) -> list[int]:
+    """Return the seeds whose tables the page has: the final ones, or for trials those of development."""
+    seeds: list[int] = settings["seeds"] or settings.get("development", [])
+    return seeds
 
 
 def check(comparisons: list[Comparison], out: Path) -> None:

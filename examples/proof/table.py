@@ -62,7 +62,8 @@ def tables(
         parts.append(methods_table(rows, names, table["reference"], split, compared))
     if "spreads" in settings:
         parts.append(spreads_table(rows, settings["spreads"], split, compared))
-    parts.append(claims_table(rows, settings["claims"], split, compared))
+    if settings["claims"]:
+        parts.append(claims_table(rows, settings["claims"], split, compared))
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 

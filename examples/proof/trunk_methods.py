@@ -1,5 +1,6 @@
 """Methods that make one set of weights from a trunk. Each returns what it chose."""
 
+import shutil
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,8 @@ import torch
 from examples.proof.averages import attached, greedy, trained
 from examples.proof.extrapolated import options
 from examples.proof.files import load
+from examples.proof.trial_optimizers import in_place_of_adamw
+from twa_scale import RunningAverages
 
 if TYPE_CHECKING:
     from examples.proof.trunk_work import TrunkWork
@@ -27,11 +30,12 @@ def make(on: "TrunkWork", name: str, method: dict[str, Any]) -> str:
         case "random":
             return at_random(on, method)
         case "twa":
-            return trained(on.model, on.config(name, method))
+            with in_place_of_adamw(method.get("optimizer"), method.get("options", {})):
+                return trained(on.model, on.config(name, method))
         case "anneal":
             return annealed(on, method)
         case "decayed":
-            return decayed(on, method["steps"])
+            return decayed(on, name, method)
         case other:
             raise ValueError(f"{name}: how: {other} is unknown")
 
@@ -98,12 +102,20 @@ def annealed(on: "TrunkWork", method: dict[str, Any]) -> str:
     return f"from {method.get('rate', 1.0)} of the rate"
 
 
-def decayed(on: "TrunkWork", extra: int) -> str:
-    """Let the rate fall linearly to zero over the last fifth of the trunk's steps and `extra`."""
+def decayed(on: "TrunkWork", name: str, method: dict[str, Any]) -> str:
+    """Let the rate fall linearly to zero over the last fifth of all steps; leave `candidates` of this part, if any."""
     steps = on.trunk.settings["steps"]
-    start = branch(steps, extra)
+    start, stop = branch(steps, method["steps"]), steps + method["steps"]
     on.training.restore(load(on.trunk.state(start)))
-    on.training.decay(start, steps + extra)
+    number = method.get("candidates", 0)
+    if not number:
+        on.training.decay(start, stop)
+        return f"from step {start}"
+    window = {"every": (stop - start) // number, "keep": number, "store": "dense32"}
+    averages = RunningAverages(on.model, window=window)
+    on.training.decay(start, stop, after_step=averages.step)
+    shutil.rmtree(on.candidates_of(name), ignore_errors=True)  # of a process that was killed here
+    averages.save(on.candidates_of(name))
     return f"from step {start}"
 
 

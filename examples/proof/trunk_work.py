@@ -71,7 +71,11 @@ class TrunkWork(Work):
 
     def candidates(self, method: Settings) -> str:
         """Return the pattern of the candidates of a method."""
-        return self.trunk.candidates
+        return f"{self.candidates_of(method['of'])}/step-*" if "of" in method else self.trunk.candidates
+
+    def candidates_of(self, method: str) -> Path:
+        """Return the directory of the candidates that a method leaves."""
+        return self.directory / "candidates" / slug(method)
 
     def cost(self, method: Settings, cost: Cost) -> Cost:
         if method["how"] == "decayed":  # its other steps take the place of steps of the trunk

@@ -20,7 +20,7 @@ from twa_scale.run.tasks import Task
 Settings = dict[str, Any]
 
 # The row of a part depends on none of these.
-NOT_OF_ONE_PART = ("seeds", "before", "methods", "tables", "claims", "spreads", "compared")
+NOT_OF_ONE_PART = ("seeds", "development", "before", "methods", "tables", "claims", "spreads", "compared")
 
 
 class Work(ABC):

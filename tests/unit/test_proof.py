@@ -33,12 +33,14 @@ from examples.proof.packages import members
 from examples.proof.page import PAGE, updated
 from examples.proof.parts import Part, Row, Rows, check_rows, run_parts, slug
 from examples.proof.significance import difference
-from examples.proof.soup.halves import write_halves
+from examples.proof.soup.halves import joined, write_halves
 from examples.proof.soup.task import Soup
 from examples.proof.stored_rows import keep, kept_rows
 from examples.proof.table import tables
+from examples.proof.trial_optimizers import in_place_of_adamw
 from examples.proof.trunk import Trunk
 from examples.proof.trunk_methods import branch, selection
+from examples.proof.trunk_work import TrunkWork
 from examples.proof.vit.task import Vit
 from examples.proof.work import read_settings
 from examples.shared_directory import make_once
@@ -136,13 +138,65 @@ def test_a_finished_seed_is_kept_in_one_file_from_which_the_tables_can_be_made(t
         kept_rows(tmp_path / "kept.json", [Part("trunk", {"steps": 2, "lr": 3}, dict)])
 
 
-@pytest.mark.parametrize("task", sorted(path.name for path in (PROOF / "results").iterdir()))
-def test_the_page_has_the_tables_of_the_rows_that_are_kept(task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", run.ON_PAGE)
+@pytest.mark.parametrize("task", run.TASKS)
+def test_the_page_has_the_tables_of_the_rows_that_are_kept(task: str, size: str, tmp_path: Path) -> None:
     """The rows must have been measured with the present settings."""
-    asked = argparse.Namespace(size="full", out=tmp_path, seeds=[], packages=tmp_path, sentences=None)
-    first = run.comparison(task, asked)
-    written = tables(first.out, first.settings, first.shown, first.kept())
-    assert "Finished seeds: 0" in written and written in PAGE.read_text()
+    asked = argparse.Namespace(size=size, out=tmp_path, seeds=[], packages=tmp_path, sentences=None)
+    one = run.comparison(task, asked)
+    written = tables(one.out, one.settings, one.shown, one.kept())
+    assert f"<!-- tables of {one.name} -->\n\n{written}\n<!-- end of {one.name} -->" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("task", run.TASKS)
+def test_trials_of_settings_are_made_on_other_seeds_from_the_same_runs(task: str, tmp_path: Path) -> None:
+    asked = argparse.Namespace(size="trials", out=tmp_path, seeds=None, packages=tmp_path, sentences=None)
+    trials, final = (
+        run.comparison(task, asked),
+        run.comparison(task, argparse.Namespace(**vars(asked) | {"size": "full"})),
+    )
+    assert min(trials.seeds) >= 100 and trials.shown == trials.seeds == trials.development
+    work = trials.work(100)
+    assert not any(part.name.startswith("test/") for part in work.parts())
+    assert trials.settings["tables"][0]["reference"] in trials.settings["methods"]
+    if task not in ("images", "soup", "adapters"):  # fewer tails, other pools
+        assert work.recorded_before == final.work(100).recorded_before
+    if isinstance(work, TrunkWork):
+        twa = {name: one for name, one in trials.settings["methods"].items() if one["how"] == "twa"}
+        assert twa and all(work.config(name, one).evaluate_split == "validation" for name, one in twa.items())
+
+
+def test_two_steps_of_sharpness_aware_minimization_are_an_update_with_the_gradient_at_the_other_point() -> None:
+    start, first, second = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]]), torch.tensor([[-1.0], [0.5]])
+    x, expected = (nn.Parameter(start.clone()) for _ in range(2))
+    with in_place_of_adamw("sharpness-aware", {"radius": 0.5}):
+        optimizer = torch.optim.AdamW([x], lr=0.1)
+    for _ in range(2):
+        x.grad = first.clone()
+        optimizer.step()
+        assert torch.allclose(x, expected + torch.tensor([[0.3], [0.4]]))
+        x.grad, expected.grad = second.clone(), second.clone()
+        optimizer.step()
+        if expected.equal(start):
+            plain = torch.optim.AdamW([expected], lr=0.1)
+        plain.step()
+        assert torch.allclose(x, expected)
+
+
+def test_a_step_of_a_part_of_the_candidates_leaves_the_others_and_their_moments() -> None:
+    x = nn.Parameter(torch.zeros(8, 2))
+    with in_place_of_adamw("part of the candidates", {"fraction": 0.25}):
+        optimizer = torch.optim.AdamW([x], lr=0.1)
+    assert type(torch.optim.AdamW([x])) is torch.optim.AdamW
+    seen = set()
+    for _ in range(20):
+        before, moments = x.detach().clone(), optimizer.state[x].get("exp_avg", torch.zeros(8, 2)).clone()
+        x.grad = torch.ones(8, 2)
+        optimizer.step()
+        moved = (x != before).all(1)
+        assert moved.sum() == 2 and torch.equal(moved, (optimizer.state[x]["exp_avg"] != moments).all(1))
+        seen.update(moved.nonzero().flatten().tolist())
+    assert seen == set(range(8))
 
 
 def test_tables_of_development_seeds_have_validation_losses(tmp_path: Path) -> None:
@@ -321,6 +375,8 @@ def test_halves_of_the_validation_sentences_are_disjoint(tmp_path: Path) -> None
     (tmp_path / "all.csv").write_text("\n".join(["label,text", *rows]) + "\n")
     halves = [path.read_text().splitlines() for path in write_halves(tmp_path / "all.csv", tmp_path / "halves")]
     assert halves == [["label,text", *rows[0::2]], ["label,text", *rows[1::2]]]
+    both = joined(*write_halves(tmp_path / "all.csv", tmp_path / "halves"))
+    assert both.splitlines() == ["label,text", *rows[0::2], *rows[1::2]]
 
 
 def test_batches_of_fine_tunings_have_sentences_of_similar_length_in_a_random_order() -> None:

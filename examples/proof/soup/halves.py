@@ -22,3 +22,11 @@ def _write(validation: Path, into: Path) -> None:
     for i, name in enumerate(NAMES):
         with (into / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *rows[i::2]])
+
+
+def joined(first: Path, second: Path) -> str:
+    """Return the records of two CSV files of the same columns as one file."""
+    header, rest = second.read_text(encoding="utf-8").split("\n", 1)
+    text = first.read_text(encoding="utf-8")
+    assert text.startswith(header) and text.endswith("\n"), "write_splits has written other columns"
+    return text + rest

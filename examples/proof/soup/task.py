@@ -11,11 +11,12 @@ from torch import nn
 from examples.proof.averages import attached, exported, greedy
 from examples.proof.cost import Cost, measured
 from examples.proof.parts import Part, Row, slug
-from examples.proof.soup.halves import write_halves
+from examples.proof.soup.halves import joined, write_halves
 from examples.proof.work import Settings, Work, read_settings
 from examples.soup.finetune import finetune
 from examples.soup.model_and_data import unpack_model, write_splits
 from twa_scale.config import RunConfig, load_config
+from twa_scale.output.publish import replace_file
 from twa_scale.run.tasks import Task, build_task
 
 
@@ -105,7 +106,9 @@ class Soup(Work):
             case "greedy":
                 return greedy(self.model, paths, self.validation, [self._loss(name) for name in pool], **of_average)
             case "twa":
-                with exported(self.config(name, paths, method.get("settings", []))) as (average, chosen):
+                joined = [f"task.validation={self.joined}"] if method.get("joined") else []
+                settings = [*joined, *method.get("settings", [])]
+                with exported(self.config(name, paths, settings)) as (average, chosen):
                     self.load(average)
                 return chosen
             case other:
@@ -156,6 +159,13 @@ class Soup(Work):
         chosen_by, judged_by = write_halves(splits["validation"], self.out / "halves")
         test = splits["test"] if self.seed in self.settings["seeds"] else judged_by
         return {"train": splits["train"], "validation": chosen_by, "test": test}
+
+    @cached_property
+    def joined(self) -> Path:
+        """The training sentences and the validation half that methods use, in one file."""
+        path = self.out / "joined.csv"
+        replace_file(path, joined(self.files["train"], self.files["validation"]).encode())
+        return path
 
     @property
     def _data(self) -> list[str]:
