@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,6 +35,11 @@ def write(model: Any) -> None:
 
 def write_data(model: Any) -> None:
     own_parameter(model).data.clamp_(-0.001, 0.001)
+
+
+def write_all_data(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
 
 
 def load(model: Any) -> None:
@@ -88,6 +94,32 @@ def test_written_weights_are_reported_once_and_overwritten(change: Callable[[Any
         assert torch.equal(actual[name], value), name
 
 
+def test_weights_of_8_bits_beside_others() -> None:
+    """torch refuses operations on float8 and another type, so the comparison of elements converts them."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 4).to(torch.float8_e4m3fn))
+            self.bias = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.float(), self.bias)
+
+    model = Narrow()
+    states = [{name: (value.float() + i).to(value.dtype) for name, value in model.state_dict().items()} for i in (1, 2)]
+    twa = twa_scale.attach(model, states)
+
+    def step() -> None:
+        model(torch.ones(2, 4)).square().mean().backward()
+        assert twa.step()
+
+    assert not reports(step)
+    model.weight.data.copy_(torch.zeros(3, 4))
+    (said,) = reports(step)
+    assert "parameter 'weight' was written" in said
+
+
 def test_embedding_with_max_norm_trains() -> None:
     """`max_norm` scales rows in place in every forward pass."""
     torch.manual_seed(0)
@@ -123,7 +155,13 @@ def change_model(engine: str, change: Callable[[Any], None], on: str) -> tuple[s
 
 @pytest.mark.parametrize(
     ("engine", "change", "on"),
-    [("ddp", write, "last"), ("fsdp2", write, "last"), ("fsdp2", load, "all"), ("zero1", write, "all")],
+    [
+        ("ddp", write, "last"),
+        ("fsdp2", write, "last"),
+        ("fsdp2", load, "all"),
+        ("zero1", write, "all"),
+        ("fsdp1", write_all_data, "last"),
+    ],
 )
 def test_each_rank_reports_what_was_written_there(
     ranks: Pool, engine: str, change: Callable[[Any], None], on: str
@@ -147,15 +185,17 @@ def test_replaced_parameter_is_named_on_every_rank(ranks: Pool, engine: str) -> 
     ),
 )
 def test_reads_between_steps_are_not_reported(ranks: Pool, engine: str) -> None:
-    for weights in ranks(between_steps, 2, engine=engine):
+    for reported, weights in ranks(between_steps, 2, engine=engine):
+        assert not reported
         assert all(bool(value.isfinite().all()) for value in weights.values())
 
 
-def between_steps(engine: str) -> dict[str, Tensor]:
+def between_steps(engine: str) -> tuple[list[str], dict[str, Tensor]]:
     """Evaluate, gather, save and swap in other weights. None of these changes the live weights permanently."""
     model, twa = cases.attach(engine, RUN)
+    reported = []
     for step in range(3):
-        cases.one_step(model, twa, step)
+        reported += reports(partial(cases.one_step, model, twa, step))
         with torch.no_grad():
             model.eval()
             models.loss(model, models.batch(50))
@@ -165,7 +205,7 @@ def between_steps(engine: str) -> dict[str, Tensor]:
         with twa.weights("last"), torch.no_grad():
             models.loss(model, models.batch(51))
         twa.load_state_dict(twa.state_dict())
-    return cases.gathered(model)
+    return reported, cases.gathered(model)
 
 
 def test_gradient_written_by_a_script_is_used() -> None:

@@ -57,7 +57,9 @@ class WeightSamples:
 
     @torch.no_grad()
     def _read(self) -> torch.Tensor:
-        return torch.cat([self._elements(span) for span in self._spans])
+        elements = (self._elements(span) for span in self._spans)
+        # torch has no common type of an 8-bit one and others.
+        return torch.cat([part.float() if part.itemsize == 1 else part for part in elements])
 
     def _elements(self, span: Span) -> torch.Tensor:
         return self._engine.live(span)[:: max(1, len(span) // _ELEMENTS)]
