@@ -16,6 +16,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from twa_scale.kernels.numba.code_cache import CodeCache
+
 F = TypeVar("F", bound=Callable[..., Any])
 U = np.uint64
 FLOAT0 = np.float32(0)
@@ -36,12 +38,12 @@ def compiled(function: F, fastmath: set[str] = FAST, variant: int = 0) -> F:
         variant: a number that distinguishes functions from one definition, which could otherwise get each other's code.
     """
     function.__qualname__ += f"-{variant}-{_sources()}"
-    options = OPTIONS | {"nogil": True, "fastmath": fastmath}
+    dispatcher = njit(function, nogil=True, **OPTIONS | {"fastmath": fastmath})
     try:
-        return njit(function, cache=True, **options)  # type: ignore[no-any-return]
+        dispatcher._cache = CodeCache(function)  # what `cache=True` does with numba's own class
     except RuntimeError as error:  # No cache directory is writable.
         logging.getLogger(__name__).info("kernels are compiled again in each process: %s", error)
-        return njit(function, **options)  # type: ignore[no-any-return]
+    return dispatcher  # type: ignore[no-any-return]
 
 
 @cache
