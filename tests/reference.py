@@ -84,7 +84,7 @@ def train(
         for name, _ in model.named_parameters()
         if name not in trainable
     }
-    options: dict[str, Any] = {"name": "adamw", "lr": 0.03, "weight_decay": 0.0} | dict(config.get("optimizer", {}))
+    options: dict[str, Any] = {"name": "adamw", "lr": 0.01, "weight_decay": 0.0} | dict(config.get("optimizer", {}))
     x = [group.x for group in groups]
     rows = [y for group in groups for y in group.rows.values()]
     row_lr = options.pop("row_lr", options["lr"] / 10)

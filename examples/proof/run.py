@@ -49,13 +49,14 @@ class Comparison:
     """The directory of the repository that keeps the rows of finished seeds, if any."""
 
     @property
-    def development(self) -> list[int]:
-        return [seed for seed in self.seeds if seed not in self.settings["seeds"]]
+    def others(self) -> list[int]:
+        """Return the seeds that the page does not have."""
+        return [seed for seed in self.seeds if seed not in seeds_on_page(self.settings)]
 
     @property
     def shown(self) -> list[int]:
         """Return the seeds of the tables."""
-        return self.development or seeds_on_page(self.settings)
+        return self.others or seeds_on_page(self.settings)
 
     def work(self, seed: int) -> Work:
         made: Work = self.kind(self.out, seed, self.settings, self.source)
@@ -96,7 +97,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     comparisons = {task: comparison(task, arguments) for task in arguments.task}
-    if arguments.page and any(set(one.seeds) - set(seeds_on_page(one.settings)) for one in comparisons.values()):
+    if arguments.page and any(one.others for one in comparisons.values()):
         parser.error(f"--page: --seeds has seeds that are not those of {PAGE.name}")
     check(list(comparisons.values()), arguments.out)
     for one in comparisons.values():

@@ -1,7 +1,9 @@
 """The work on one seed of a task: what methods start from, the methods, and their test losses."""
 
+import json
 from abc import ABC, abstractmethod
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import nn
 
 from examples.proof.cost import Cost, measured
 from examples.proof.files import load, save
-from examples.proof.parts import Part, Row, Rows, slug
+from examples.proof.parts import Part, Row, Rows, flat, slug
+from twa_scale.config.recipes import RECIPES
 from twa_scale.ranks import Group
 from twa_scale.run.batches import make_batches
 from twa_scale.run.evaluate import evaluate
@@ -154,9 +157,20 @@ class Work(ABC):
 def read_settings(path: Path, size: str) -> Settings:
     """Return the settings of a task; those of a smaller `size` replace others.
 
-    Those of the file config.yaml next to `path` are in it by the file's name.
+    Those of the file config.yaml next to `path` are in it by the file's name. A method with a `recipe` has its settings
+    before its own.
     """
     settings: Settings = yaml.safe_load(path.read_text())
     smaller: Settings = settings.pop("sizes")
     config = {"config.yaml": yaml.safe_load(path.with_name("config.yaml").read_text())}
-    return settings | config | ({} if size == "full" else smaller[size])
+    settings |= config | ({} if size == "full" else smaller[size])
+    for method in chain.from_iterable(settings.get(key, {}).values() for key in ("methods", "head", "tail")):
+        if "recipe" in method:
+            method["settings"] = [*recipe_settings(method["recipe"]), *method.get("settings", [])]
+    return settings
+
+
+def recipe_settings(name: str) -> list[str]:
+    """Return the settings of a recipe as overrides, without the length of the run and the size of a batch."""
+    recipe = flat({key: value for key, value in RECIPES[name].items() if key not in ("steps", "epochs", "batch_size")})
+    return [f"{key}={json.dumps(value)}" for key, value in recipe.items()]

@@ -208,7 +208,7 @@ def test_a_run_trains_with_the_best_rate(
     """The weights are those of a run with this rate, and the scores those of runs with the length of a trial."""
     ranks(run_here, size, data=auto(scores, tmp_path / "auto", engine=engine, pods=pods))
     rate = ended(tmp_path / "auto")["rate"]
-    assert rate["tried"] == pytest.approx([0.01, 0.03, 0.09]) and rate["steps"] == 5
+    assert rate["tried"] == pytest.approx([0.01 / 3, 0.01, 0.03]) and rate["steps"] == 5
     assert (
         rate["lr"] == rate["tried"][rate["values"].index(min(rate["values"]))] and rate["metric"] == "validation/loss"
     )
@@ -243,7 +243,7 @@ def test_a_signal_during_the_search(scores: TrainedCandidates, tmp_path: Path) -
     run_with_handlers(auto(TrainedCandidates({**task, "method": "loss", "call": 7}, scores.candidates), tmp_path))
     state = state_of(tmp_path)
     assert state["step"] == 0 and state["rate"] is None and not state["twa"]["optimizer"]["state"]
-    assert state["twa"]["config"]["optimizer"]["lr"] == 0.03
+    assert state["twa"]["config"]["optimizer"]["lr"] == 0.01
     run_with_handlers(auto(TrainedCandidates({**task, "method": "loss", "call": 16}, scores.candidates), tmp_path))
     state = state_of(tmp_path)
     assert state["step"] == 1 and state["rate"]
@@ -267,16 +267,16 @@ def test_end_of_a_trial_is_exported_if_it_is_the_best(scores: TrainedCandidates,
     changes = {"steps": 5, "start": "center", "evaluate_batches": 1, "compare": False}
     config.write_text(json.dumps(auto(task, tmp_path / "out", **changes)))
     result = shell("run", config)
-    assert "exported: the trial of optimizer.lr 0.09, the lowest" in result.err, result.err
-    assert "exported, the trial of optimizer.lr 0.09" in result.err
+    assert "exported: the trial of optimizer.lr 0.03, the lowest" in result.err, result.err
+    assert "exported, the trial of optimizer.lr 0.03" in result.err
     state = load_state(tmp_path / "out")
-    assert state.kept and state.kept.trial_lr == pytest.approx(0.09)
+    assert state.kept and state.kept.trial_lr == pytest.approx(0.03)
     assert torch.equal(state.kept.x, state.twa.x)
     last, best = (values_of_rows(item, tmp_path / "out") for item in (state.twa, state.exported))
     assert last and all(torch.equal(best[name], y) for name, y in last.items())
     assert ended(tmp_path / "out")["evaluation"] == {"validation/loss": 1.0}
     merged = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
-    assert "coefficients of the trial of optimizer.lr 0.09, the best of the evaluations" in merged.out, merged
+    assert "coefficients of the trial of optimizer.lr 0.03, the best of the evaluations" in merged.out, merged
 
 
 @pytest.mark.parametrize(

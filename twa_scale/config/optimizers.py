@@ -34,7 +34,7 @@ _UNSUPPORTED = {
 }
 
 RATES = {
-    **dict.fromkeys((("adam", "delta"), ("adamw", "delta"), ("adamax", "delta"), ("nadam", "delta")), 0.03),
+    **dict.fromkeys((("adam", "delta"), ("adamw", "delta"), ("adamax", "delta"), ("nadam", "delta")), 0.01),
     ("sgd", "weight"): 2.0,
 }
 """The usual learning rate of an optimizer, by its name and `units`, from trials, or for SGD from the published code."""
@@ -50,10 +50,10 @@ class OptimizerConfig(Section):
         description="Class of torch.optim, in any case: `adamw`, `sgd`, ..; not `lbfgs` or `sparseadam`.",
     )
     lr: PositiveFloat | Literal["auto"] = Field(
-        0.03,
+        0.01,
         description="Learning rate, in the units of `units`. With `auto`, a run first takes a few steps with "
         "each of three rates, and then trains with the one that has the best evaluation on `evaluate_split`: a third "
-        "of the usual rate of the optimizer (0.03 for `adamw` with `units: delta`), that rate, and three times it.",
+        "of the usual rate of the optimizer (0.01 for `adamw` with `units: delta`), that rate, and three times it.",
     )
     row_lr: PositiveFloat | None = Field(
         None, description="Learning rate of the corrections per row (`groups: tensor+row`); by default a tenth of `lr`."

@@ -16,7 +16,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "units": "delta",
         "groups": "tensor+row",
         "center": "mean",
-        "optimizer": {"name": "adamw", "lr": 0.03},
+        "optimizer": {"name": "adamw", "lr": 0.01},
         "schedule": {"name": "cosine", "warmup": 0.2},
         "split": "train",
         "steps": 60,
@@ -25,14 +25,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "keep": "best",
     },
     "head": {
-        "basis": "orthonormal",
-        "units": "weight",
-        "groups": "global",
+        "basis": "normalized",
+        "units": "delta",
+        "groups": "tensor+row",
         "center": "mean",
-        "optimizer": {"name": "sgd", "lr": 2.0, "momentum": 0.9, "weight_decay": 1e-5},
-        "schedule": {"name": "step", "warmup": 0.0, "milestones": [0.5, 0.8], "factor": 0.1},
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "schedule": {"name": "cosine", "warmup": 0.2},
         "split": "train",
-        "epochs": 10.0,
+        "epochs": 1.0,
         "batch_size": 128,
         "start": "best",
         "keep": "best",
@@ -59,12 +59,7 @@ _DEPENDS_ON = {
     "schedule": ("schedule.name",),
 }
 """Settings that a recipe sets only together with its own values of other settings, to which they belong."""
-_EXCLUSIVE = {
-    "steps": "epochs",
-    "epochs": "steps",
-    "schedule.milestones": "schedule.every",
-    "schedule.every": "schedule.milestones",
-}
+_EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}
 
 
 def filled(data: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -83,10 +78,7 @@ def filled(data: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
             if key not in data or (key in _EXCLUSIVE and data[key] is None):
                 result[key] = value
         elif (section := _given_settings(data.get(key, {}))) is not None:
-            left = {
-                name: item for name, item in value.items() if _value(data, _EXCLUSIVE.get(f"{key}.{name}", "")) is None
-            }
-            result[key] = {**left, **section}
+            result[key] = {**value, **section}
     return result
 
 
