@@ -29,7 +29,7 @@ TASKS = {
     "adapters": "Adapters",
 }
 # The sizes whose tables the page has, with what is added to the names of their tasks there.
-ON_PAGE = {"full": "", "trials": " trials"}
+ON_PAGE = {"full": "", "trials": "-trials"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Comparison:
     """The seeds of one task that a command runs."""
 
     name: str
-    """Of its tables on the page."""
+    """Of its tables on the page, and of the directory of its results."""
     kind: Any
     """The class of the work on one seed."""
     out: Path
@@ -118,10 +118,9 @@ def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
     settings = kind.read(arguments.size)
     source = getattr(arguments, kind.source)
     seeds = seeds_on_page(settings) if arguments.seeds is None else arguments.seeds
-    results = Path(__file__).with_name("results") / task if arguments.size in ON_PAGE else None
-    return Comparison(
-        f"{task}{ON_PAGE.get(arguments.size, '')}", kind, arguments.out / task, settings, source, seeds, results
-    )
+    name = task + ON_PAGE.get(arguments.size, "")
+    results = Path(__file__).with_name("results") / name if arguments.size in ON_PAGE else None
+    return Comparison(name, kind, arguments.out / task, settings, source, seeds, results)
 
 
 def seeds_on_page(settings: Settings) -> list[int]:
