@@ -10,33 +10,26 @@ from pydantic import BaseModel
 
 RecipeName = Literal["tail", "head", "soup"]
 
+
+def _of_training_run(**length: float) -> dict[str, Any]:
+    """Return the settings for candidates of one training run."""
+    return {
+        "basis": "normalized",
+        "units": "delta",
+        "groups": "tensor+row",
+        "center": "mean",
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "schedule": {"name": "cosine", "warmup": 0.2},
+        "split": "train",
+        **length,
+        "start": "best",
+        "keep": "best",
+    }
+
+
 RECIPES: dict[str, dict[str, Any]] = {
-    "tail": {
-        "basis": "normalized",
-        "units": "delta",
-        "groups": "tensor+row",
-        "center": "mean",
-        "optimizer": {"name": "adamw", "lr": 0.01},
-        "schedule": {"name": "cosine", "warmup": 0.2},
-        "split": "train",
-        "steps": 60,
-        "batch_size": 32,
-        "start": "best",
-        "keep": "best",
-    },
-    "head": {
-        "basis": "normalized",
-        "units": "delta",
-        "groups": "tensor+row",
-        "center": "mean",
-        "optimizer": {"name": "adamw", "lr": 0.01},
-        "schedule": {"name": "cosine", "warmup": 0.2},
-        "split": "train",
-        "epochs": 1.0,
-        "batch_size": 128,
-        "start": "best",
-        "keep": "best",
-    },
+    "tail": _of_training_run(steps=60, batch_size=32),
+    "head": _of_training_run(epochs=1.0, batch_size=128),
     "soup": {
         "basis": "normalized",
         "units": "delta",
