@@ -44,8 +44,7 @@ class Trunk:
                 print(f"{self.directory}: step {step + 1}, {seconds:.0f} s, loss {loss:.3f}", flush=True)
         seconds = before + time.process_time() - start
         save(training.state(), self.state(self.settings["steps"]))
-        shutil.rmtree(self.directory / "candidates", ignore_errors=True)  # of a process that was killed here
-        averages.save(self.directory / "candidates")
+        write_candidates(averages, self.directory / "candidates")
         for name in self.ema_names:
             with averages.weights(name):
                 save(training.model.state_dict(), self.ema(name))
@@ -89,3 +88,9 @@ class Trunk:
         if not averages.load_state(states):
             raise SystemExit(f"{states} has no averages for {path}: remove that file to begin anew")
         return state["step"], state["seconds"]
+
+
+def write_candidates(averages: RunningAverages, directory: Path) -> None:
+    """Write the snapshots of the window, in the place of those of a process that was killed while it wrote them."""
+    shutil.rmtree(directory, ignore_errors=True)
+    averages.save(directory)

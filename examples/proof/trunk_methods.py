@@ -1,6 +1,5 @@
 """Methods that make one set of weights from a trunk. Each returns what it chose."""
 
-import shutil
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from examples.proof.averages import attached, greedy, trained
 from examples.proof.extrapolated import options
 from examples.proof.files import load
 from examples.proof.trial_optimizers import in_place_of_adamw
+from examples.proof.trunk import write_candidates
 from twa_scale import RunningAverages
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ def decayed(on: "TrunkWork", name: str, method: dict[str, Any]) -> str:
     window = {"every": (stop - start) // number, "keep": number, "store": "dense32"}
     averages = RunningAverages(on.model, window=window)
     on.training.decay(start, stop, after_step=averages.step)
-    shutil.rmtree(on.candidates_of(name), ignore_errors=True)  # of a process that was killed here
-    averages.save(on.candidates_of(name))
+    write_candidates(averages, on.candidates_of(name))
     return f"from step {start}"
 
 

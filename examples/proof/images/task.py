@@ -1,6 +1,5 @@
 """An image classifier of one seed: the head of its training, and its tail at several rates."""
 
-import shutil
 from functools import cached_property, partial
 from itertools import islice, product
 from pathlib import Path
@@ -14,6 +13,7 @@ from examples.proof.images.data import PACKAGE, write_images
 from examples.proof.images.training import ImageTraining, SgdTraining
 from examples.proof.packages import package_file
 from examples.proof.parts import Part, Row
+from examples.proof.trunk import write_candidates
 from examples.proof.trunk_work import TrunkWork, resized
 from examples.proof.work import Settings, read_settings
 from twa_scale import RunningAverages
@@ -102,8 +102,7 @@ class Images(TrunkWork):
                 for step in range(first, last):
                     self.training.update(step, rate)
                     averages.step()
-            shutil.rmtree(self.directory / name, ignore_errors=True)  # of a process that was killed here
-            averages.save(self.directory / name)
+            write_candidates(averages, self.directory / name)
             costs.append(cost.row())
         return {**costs[0], "longer": costs[1]}
 

@@ -106,8 +106,8 @@ class Soup(Work):
             case "greedy":
                 return greedy(self.model, paths, self.validation, [self._loss(name) for name in pool], **of_average)
             case "twa":
-                joined = [f"task.validation={self.joined}"] if method.get("joined") else []
-                settings = [*joined, *method.get("settings", [])]
+                data = [f"task.validation={self.joined}"] if method.get("joined") else []
+                settings = [*data, *method.get("settings", [])]
                 with exported(self.config(name, paths, settings)) as (average, chosen):
                     self.load(average)
                 return chosen
