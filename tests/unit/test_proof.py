@@ -145,6 +145,7 @@ def test_the_page_has_the_tables_of_the_rows_that_are_kept(task: str, size: str,
     asked = argparse.Namespace(size=size, out=tmp_path, seeds=[], packages=tmp_path, sentences=None)
     one = run.comparison(task, asked)
     written = tables(one.out, one.settings, one.shown, one.kept())
+    assert (f"Finished seeds: {one.shown[0]}" in written) == (PROOF / "results" / one.name).is_dir()
     assert f"<!-- tables of {one.name} -->\n\n{written}\n<!-- end of {one.name} -->" in PAGE.read_text()
 
 
@@ -184,6 +185,7 @@ def test_two_steps_of_sharpness_aware_minimization_are_an_update_with_the_gradie
 
 
 def test_a_step_of_a_part_of_the_candidates_leaves_the_others_and_their_moments() -> None:
+    torch.manual_seed(0)
     x = nn.Parameter(torch.zeros(8, 2))
     with in_place_of_adamw("part of the candidates", {"fraction": 0.25}):
         optimizer = torch.optim.AdamW([x], lr=0.1)

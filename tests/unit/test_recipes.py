@@ -29,12 +29,12 @@ def made(**settings: Any) -> RunConfig:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_complete(name: str) -> None:
-    """All values are used and valid. The rate is the one around which `lr: auto` tries others, where it is allowed."""
+    """All values are used and valid. The rate is the one around which `lr: auto` tries others, which `soup` refuses."""
     config = made(recipe=name)
     for key, value in RECIPES[name].items():
         actual = getattr(config, key)
         assert (actual == value) if not isinstance(value, dict) else value.items() <= actual.model_dump().items()
-    assert config.lr == RATES[config.optimizer.name, config.units] or config.split == "validation"
+    assert config.lr == (0.03 if name == "soup" else RATES[config.optimizer.name, config.units])
     assert name in get_args(RecipeName) and len(RECIPES) == len(get_args(RecipeName))
     assert f"recipe {name}: basis {config.basis}, " in recipe_line(config)
     assert RunConfig(**config.model_dump()) == config
