@@ -195,7 +195,8 @@ def require(resource: str, needed: int, free: int) -> None:
     if needed + SPARE > free:
         sys.exit(
             f"{resource}: {needed / 1e9:.1f} GB are needed beside {SPARE / 1e9:.1f} GB that are left to others, and "
-            f"{free / 1e9:.1f} GB are free. Make room, give another --scratch, or take --size 100m."
+            f"{free / 1e9:.1f} GB are free. Make room, or give another --scratch, a smaller --size or fewer "
+            "--candidates."
         )
 
 

@@ -1,4 +1,4 @@
-"""`make scale-run` with 0.1 G parameters: 16 candidates in bf16 shards, packed4 on two FSDP2 ranks, the check."""
+"""`make scale-run` with 0.1 G parameters: 16 candidates of 4 in bf16 shards, packed4 on two FSDP2 ranks, the check."""
 
 import json
 import os
@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "scale" / "run.py"
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the files of a run of two steps."""
     scratch = tmp_path_factory.mktemp("scale-run")
-    command = [sys.executable, str(PROGRAM), "--size=100m", "--steps=2", f"--scratch={scratch}"]
+    command = [sys.executable, str(PROGRAM), "--size=100m", "--written=4", "--steps=2", f"--scratch={scratch}"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return scratch
 
