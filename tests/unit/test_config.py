@@ -98,6 +98,9 @@ UNTYPED: Any = TwaConfig  # calls that the type checker refuses
         (lambda: TwaConfig(num_components=2), "TwaConfig: num_components is for basis 'pca'"),
         (lambda: UNTYPED({"basis": "pca"}), "TwaConfig: give settings by name"),
         (lambda: ScheduleConfig(name="step"), "ScheduleConfig: schedule 'step' needs"),
+        (lambda: ScheduleConfig(every=3), "`every` is for schedule step; the schedule is 'cosine'"),
+        (lambda: ScheduleConfig(name="linear", milestones=[0.5]), "`milestones` is for schedule step"),
+        (lambda: ScheduleConfig(name="constant", final=0.1), "`final` is for schedule cosine and linear"),
         (lambda: RunConfig(candidates="a"), "RunConfig: task: Field required"),  # type: ignore[call-arg]
     ],
 )

@@ -15,7 +15,7 @@ from twa_scale import ConfigError, RunConfig, TwaConfig
 from twa_scale.cli import app
 from twa_scale.config import OptimizerConfig, RecipeName, load_config, recipe_line, validated
 from twa_scale.config.optimizers import RATES
-from twa_scale.config.recipes import RECIPES
+from twa_scale.config.recipes import RECIPES, settings_of_recipe
 from twa_scale.run.batches import Batches
 from twa_scale.run.comparison import caveat
 
@@ -72,6 +72,11 @@ def test_without_a_recipe_nothing_changes() -> None:
     assert made(steps=1).model_fields_set == {*MINIMAL, "steps"} and recipe_line(made(steps=1)) == ""
 
 
+def test_settings_of_another_optimizer_are_not_those_of_the_recipe() -> None:
+    config = made(recipe="tail", optimizer={"name": "sgd", "lr": 0.01})
+    assert "optimizer.lr" not in settings_of_recipe(config) and "groups" in settings_of_recipe(config)
+
+
 def test_attach_ignores_run_settings_of_recipes() -> None:
     config = validated(TwaConfig, {"recipe": "tail"})
     assert config.groups == "tensor+row" and config.start == "center"  # `best` needs evaluations
@@ -87,7 +92,12 @@ def test_attach_ignores_run_settings_of_recipes() -> None:
         ({"recipe": "tail", "groups": "tensor+row", "basis": "simplex"}, "basis is 'simplex'.*those of recipe 'tail'"),
         ({"recipe": "tail", "units": "weight"}, "recipe 'tail' has no learning rate for adamw with units weight"),
         ({"recipe": "tail", "optimizer": {"name": "sgd"}}, "'tail' has no learning rate for sgd with units delta"),
-        ({"recipe": "soup", "optimizer": {"lr": "auto"}}, "held-out.*those of recipe 'soup'"),
+        ({"recipe": "tail", "optimizer": {"name": "adam"}}, "'tail' has no learning rate for adam with units delta"),
+        (
+            {"recipe": "tail", "optimizer": {"name": "sgd"}, "units": "weight"},
+            "'tail' has no learning rate for sgd with units weight",
+        ),
+        ({"recipe": "soup", "optimizer": {"lr": "auto"}}, "held-out.*another `split`.*those of recipe 'soup'"),
     ],
 )
 def test_invalid_recipes_are_refused(settings: dict[str, Any], words: str) -> None:

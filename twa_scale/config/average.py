@@ -254,11 +254,10 @@ class TwaConfig(Section):
 
     @model_validator(mode="after")
     def _recipes_have_a_rate(self) -> "TwaConfig":
-        key = (self.optimizer.name.lower(), self.units)
-        if self.recipe is not None and "lr" not in self.optimizer.model_fields_set and key not in RATES:
+        if self.recipe is not None and "lr" not in self.optimizer.model_fields_set:
             raise ValueError(
-                f"optimizer.lr: recipe {self.recipe!r} has no learning rate for {key[0]} with units {key[1]}; give a "
-                "number, or leave out optimizer.name and units"
+                f"optimizer.lr: recipe {self.recipe!r} has no learning rate for {self.optimizer.name} with units "
+                f"{self.units}; give a number, or leave out optimizer.name and units"
             )
         return self
 

@@ -79,7 +79,10 @@ def settings_of_recipe(config: BaseModel) -> dict[str, Any]:
     """Return the settings, by dotted key, that have the value of the recipe of `config`; empty without a recipe."""
     dumped = config.model_dump()
     flat = {}
-    for key, value in RECIPES.get(str(dumped.get("recipe")), {}).items():
+    recipe = RECIPES.get(str(dumped.get("recipe")), {})
+    for key, value in recipe.items():
+        if not _fits(key, dumped, recipe):
+            continue
         settings = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
         flat.update({name: item for name, item in settings.items() if _value(dumped, name) == item})
     return flat

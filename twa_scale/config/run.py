@@ -118,6 +118,7 @@ class RunConfig(TwaConfig):
         if self.optimizer.lr == "auto" and self.evaluate_split == self.split:
             raise ValueError(
                 f"optimizer.lr 'auto' compares rates on held-out data, but evaluate_split {self.evaluate_split!r} is "
-                "the split on which the coefficients are trained; give another one, or a number for optimizer.lr"
+                "the split on which the coefficients are trained; give another `split` or `evaluate_split`, or a "
+                "number for optimizer.lr"
             )
         return self

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from twa_scale.config.section import Count, Section
 
+_USED_BY = {"final": ("cosine", "linear"), "every": ("step",), "milestones": ("step",), "factor": ("step",)}
+"""The schedules that use a key."""
+
 
 class ScheduleConfig(Section):
     """The learning rate schedule of the coefficients: a warmup, then a shape."""
@@ -24,9 +27,15 @@ class ScheduleConfig(Section):
     factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="`step`: factor of the rate at each decay.")
 
     @model_validator(mode="after")
-    def _step_needs_decays(self) -> "ScheduleConfig":
+    def _keys_fit_the_name(self) -> "ScheduleConfig":
         if self.name == "step" and (self.every is None) == (not self.milestones):
             raise ValueError(
                 "schedule 'step' needs `every` (steps between decays) or `milestones` (fractions of the run)"
             )
+        for key, names in _USED_BY.items():
+            if self.name not in names and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"`{key}` is for schedule {' and '.join(names)}; the schedule is {self.name!r}. Set schedule.name, "
+                    f"or leave `{key}` out"
+                )
         return self
