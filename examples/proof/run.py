@@ -45,6 +45,8 @@ class Comparison:
     source: Path | None
     """The archive or directory that the data come from."""
     seeds: list[int]
+    final: list[int]
+    """The seeds whose test split is read."""
     results: Path | None = None
     """The directory of the repository that keeps the rows of finished seeds, if any."""
 
@@ -97,8 +99,19 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     comparisons = {task: comparison(task, arguments) for task in arguments.task}
-    if arguments.page and any(one.others for one in comparisons.values()):
-        parser.error(f"--page: --seeds has seeds that are not those of {PAGE.name}")
+    if arguments.page and arguments.size not in ON_PAGE:
+        parser.error(f"--page: {PAGE.name} has no tables of --size {arguments.size}; leave --page out")
+    for one in comparisons.values():
+        if arguments.page and one.others:
+            parser.error(
+                f"--page: {one.name}: {PAGE.name} has the seeds {numbers(seeds_on_page(one.settings))}, not "
+                f"{numbers(one.others)}; give some of these, or leave --page out"
+            )
+        if arguments.size == "trials" and (final := [seed for seed in one.others if seed in one.final]):
+            parser.error(
+                f"{one.name}: no settings are chosen by the final seeds {numbers(final)}; the trials have the seeds "
+                f"{numbers(seeds_on_page(one.settings))}"
+            )
     check(list(comparisons.values()), arguments.out)
     for one in comparisons.values():
         for seed in one.seeds:
@@ -120,13 +133,18 @@ def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
     seeds = seeds_on_page(settings) if arguments.seeds is None else arguments.seeds
     name = task + ON_PAGE.get(arguments.size, "")
     results = Path(__file__).with_name("results") / name if arguments.size in ON_PAGE else None
-    return Comparison(name, kind, arguments.out / task, settings, source, seeds, results)
+    final = kind.read("full")["seeds"]
+    return Comparison(name, kind, arguments.out / name, settings, source, seeds, final, results)
 
 
 def seeds_on_page(settings: Settings) -> list[int]:
     """Return the seeds whose tables the page has: the final ones, or for trials those of development."""
     seeds: list[int] = settings["seeds"] or settings.get("development", [])
     return seeds
+
+
+def numbers(seeds: list[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def check(comparisons: list[Comparison], out: Path) -> None:

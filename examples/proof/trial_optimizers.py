@@ -21,13 +21,13 @@ class SharpnessAware(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        (x,) = self.param_groups[0]["params"]
+        x = coefficients(self)
         state = self.state[x]
         if "moved" in state:
             x.sub_(state.pop("moved"))
             super().step(closure)
         else:
-            moved = self.radius * x.grad / x.grad.norm()
+            moved = self.radius * x.grad / x.grad.norm().clamp_min(1e-12)  # a gradient of zeros moves nothing
             x.add_(moved)
             state["moved"] = moved
 
@@ -39,7 +39,7 @@ class PartOfCandidates(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        (x,) = self.param_groups[0]["params"]
+        x = coefficients(self)
         number, state = len(x), self.state[x]
         left_out = torch.randperm(number)[round(self.fraction * number) :]
         weights = x[left_out].clone()
@@ -51,15 +51,29 @@ class PartOfCandidates(torch.optim.AdamW):
                 value[left_out] = moments.get(key, 0.0)  # they are zero before the first step
 
 
+def coefficients(optimizer: torch.optim.Optimizer) -> Any:
+    """Return the only tensor of an optimizer."""
+    tensors = [x for group in optimizer.param_groups for x in group["params"]]
+    if len(tensors) > 1:
+        raise ValueError(f"{type(optimizer).__name__} is for one coefficient a tensor or fewer, not for groups +row")
+    return tensors[0]
+
+
 OPTIMIZERS = {"sharpness-aware": SharpnessAware, "part of the candidates": PartOfCandidates}
 
 
 @contextmanager
 def in_place_of_adamw(name: str | None, options: dict[str, float]) -> Iterator[None]:
-    """Train with one of `OPTIMIZERS` in a `with` block; `options` are its attributes. None: with AdamW itself."""
+    """Train with one of `OPTIMIZERS` in a `with` block; `options` are its attributes. None: with AdamW itself.
+
+    Raises:
+        ValueError: there is no such optimizer.
+    """
     if name is None:
         yield
         return
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: {name} is unknown; it is one of {', '.join(OPTIMIZERS)}")
     adamw = torch.optim.AdamW
     vars(torch.optim)["AdamW"] = type(adamw.__name__, (OPTIMIZERS[name],), options)
     try:

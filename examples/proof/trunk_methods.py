@@ -111,6 +111,8 @@ def decayed(on: "TrunkWork", name: str, method: dict[str, Any]) -> str:
     if not number:
         on.training.decay(start, stop)
         return f"from step {start}"
+    if number > stop - start:
+        raise ValueError(f"{name}: {number} candidates cannot be taken from {stop - start} steps")
     window = {"every": (stop - start) // number, "keep": number, "store": "dense32"}
     averages = RunningAverages(on.model, window=window)
     on.training.decay(start, stop, after_step=averages.step)

@@ -143,12 +143,12 @@ class Work(ABC):
 
     def _recorded(self, name: str) -> Settings:
         """Return all settings that the row of a method depends on."""
-        return {**self._shared, "method": self._with_start(name)}
+        return {**self._shared, "method": self._with_others(name)}
 
-    def _with_start(self, name: str) -> Settings:
-        """Return a method with the settings of the one it starts from in the place of its name."""
+    def _with_others(self, name: str) -> Settings:
+        """Return a method with the settings of those it is made from in the place of their names."""
         method: Settings = self.settings["methods"][name]
-        return {**method, "start": self._with_start(method["start"])} if "start" in method else method
+        return method | {key: self._with_others(method[key]) for key in ("start", "of") if key in method}
 
     def _weights(self, method: str) -> Path:
         return self.directory / "weights" / f"{slug(method)}.pt"
@@ -171,6 +171,12 @@ def read_settings(path: Path, size: str) -> Settings:
 
 
 def recipe_settings(name: str) -> list[str]:
-    """Return the settings of a recipe as overrides, without the length of the run and the size of a batch."""
+    """Return the settings of a recipe as overrides, without the length of the run and the size of a batch.
+
+    Raises:
+        SystemExit: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise SystemExit(f"recipe: {name} is unknown; it is one of {', '.join(RECIPES)}")
     recipe = flat({key: value for key, value in RECIPES[name].items() if key not in ("steps", "epochs", "batch_size")})
     return [f"{key}={json.dumps(value)}" for key, value in recipe.items()]

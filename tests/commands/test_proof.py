@@ -72,7 +72,8 @@ def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, ran: tuple
 @pytest.mark.parametrize("sentences", [None, Path("none.tar.gz")])
 def test_missing_sentences_are_found_before_the_work(sentences: Path | None, tmp_path: Path) -> None:
     settings = Soup.read("tiny")
-    comparisons = [Comparison("soup", Soup, tmp_path / "soup", settings, sentences, settings["seeds"])]
+    seeds = settings["seeds"]
+    comparisons = [Comparison("soup", Soup, tmp_path / "soup", settings, sentences, seeds, seeds)]
     with pytest.raises(SystemExit, match=r"--sentences: .* is missing: `make proof` downloads it"):
         check(comparisons, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -28,5 +28,5 @@ def joined(first: Path, second: Path) -> str:
     """Return the records of two CSV files of the same columns as one file."""
     header, rest = second.read_text(encoding="utf-8").split("\n", 1)
     text = first.read_text(encoding="utf-8")
-    assert text.startswith(header) and text.endswith("\n"), "write_splits has written other columns"
+    assert text.startswith(f"{header}\n") and text.endswith("\n"), "write_splits has written other columns"
     return text + rest

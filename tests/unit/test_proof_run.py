@@ -1,0 +1,36 @@
+"""What the command of the proof refuses before it works."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.proof.run import main
+from examples.proof.work import recipe_settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--size small --page", "--page: proof.md has no tables of --size small"),
+        ("--size tiny --page", "--page: proof.md has no tables of --size tiny"),
+        ("--page --seeds 0 100", "--page: language: proof.md has the seeds 0, 1, 2, 3, 4, not 100; give some of these"),
+        (
+            "--size trials --seeds 0",
+            "language-trials: no settings are chosen by the final seeds 0; the trials have",
+        ),
+        ("--size trials --page --seeds 7", "--page: language-trials: proof.md has the seeds 100, 101, 102, not 7"),
+    ],
+)
+def test_seeds_and_sizes_that_do_not_fit(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--task", "language", "--out", str(tmp_path / "out"), *words.split()])
+    with pytest.raises(SystemExit):
+        main()
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_unknown_recipes_are_refused() -> None:
+    with pytest.raises(SystemExit, match="recipe: tale is unknown; it is one of tail, head, soup"):
+        recipe_settings("tale")
