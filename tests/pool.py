@@ -28,6 +28,7 @@ from tests.old_torch import forget_sharding, train_fsdp2_on_cpus
 from twa_scale.errors import TwaError
 from twa_scale.ranks.destroying import KEPT, destroy_process_group
 
+ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["tests.pool", "tests.preload"]
 MAX_RANKS = 4
 MAX_THREADS = 100  # of a worker
@@ -190,6 +191,7 @@ def _stack_of(rank: int, worker: Worker) -> str:
 
 def _work(pipe: Connection, stack: str) -> None:
     """Run a worker: receive a call, run it in a new group, and send the result."""
+    os.chdir(ROOT)  # the test that started this worker may have had a directory that is removed after it
     torch.set_num_threads(1)
     train_fsdp2_on_cpus()
     with Path(stack).open("w") as file:
