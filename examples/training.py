@@ -18,7 +18,7 @@ class Training:
     """A model, its optimizer and its data: what one optimizer step needs. Gradients are clipped to `max_norm`.
 
     Args:
-        config: gives the task, the engine, the batch size and the seed.
+        config: gives the task, the engine, the device, the batch size and the seed.
         world: the ranks.
         steps: the length of the run, of which the first 5 % are the warmup.
         lr: the rate after the warmup.
@@ -28,7 +28,8 @@ class Training:
 
     def __init__(self, config: RunConfig, world: World, steps: int, lr: float) -> None:
         self.task = build_task(config.task)
-        model: Any = run_engine(config, world).build(self.task, world, torch.device("cpu"))
+        self.device = world.device(config.device)
+        model: Any = run_engine(config, world).build(self.task, world, self.device)
         torch.manual_seed(config.seed)
         model.init_weights()
         self.model: nn.Module = model
@@ -54,7 +55,7 @@ class Training:
     def backward(self, step: int) -> float:
         """Compute the gradients on the batch of a step; return this rank's loss."""
         (batch,) = self.batches.training(step)
-        loss = self.task.loss(self.model, batch)
+        loss = self.task.loss(self.model, {key: value.to(self.device) for key, value in batch.items()})
         loss.backward()
         return loss.item()
 

@@ -20,7 +20,7 @@ class Cost:
     evaluations: float = 0.0
     """Forward passes alone, in batches of training."""
     seconds: float = 0.0
-    """Seconds of the processor, in all threads, so that other programs on the machine do not count."""
+    """See `seconds`."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.steps + other.steps, self.evaluations + other.evaluations, self.seconds + other.seconds)
@@ -30,13 +30,25 @@ class Cost:
         return asdict(self)
 
 
+def seconds(device: torch.device) -> float:
+    """Return a time in seconds: of the processor, in all threads, so that other programs on the machine do not count.
+
+    For a GPU it is the time of the clock, when the GPU has finished.
+    """
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @contextmanager
-def measured(kind: type[nn.Module], batch_size: int) -> Iterator[Cost]:
+def measured(model: nn.Module, batch_size: int) -> Iterator[Cost]:
     """Count what happens in a `with` block; the numbers are right at its end.
 
-    Every forward pass of a model of class `kind` counts, whoever calls it: with a backward pass if gradients are on.
+    Every forward pass of a model of the class of `model` counts, whoever calls it: with a backward pass if gradients
+    are on.
     """
-    cost = Cost()
+    cost, kind, device = Cost(), type(model), next(model.parameters()).device
 
     def count(module: nn.Module, _: Any, outputs: Any) -> None:
         if isinstance(module, kind):
@@ -46,7 +58,7 @@ def measured(kind: type[nn.Module], batch_size: int) -> Iterator[Cost]:
             else:
                 cost.evaluations += batches
 
-    start = time.process_time()
+    start = seconds(device)
     with register_module_forward_hook(count):
         yield cost
-    cost.seconds = time.process_time() - start
+    cost.seconds = seconds(device) - start

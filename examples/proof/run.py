@@ -18,6 +18,8 @@ from examples.proof.parts import Row, check_rows, run_parts
 from examples.proof.stored_rows import keep, kept_rows
 from examples.proof.table import tables
 from examples.proof.work import Settings, Work
+from twa_scale.errors import ConfigError
+from twa_scale.ranks import World
 
 # The class in the module `task` of the folder.
 TASKS = {
@@ -28,8 +30,8 @@ TASKS = {
     "soup": "Soup",
     "adapters": "Adapters",
 }
-# The sizes whose tables the page has, with what is added to the names of their tasks there.
-ON_PAGE = {"full": "", "trials": "-trials"}
+# The sizes whose tables the page has.
+ON_PAGE = ("full", "trials")
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", help="all of the page when not given; none: only the tables")
     parser.add_argument(
         "--size",
-        choices=[*ON_PAGE, "small", "tiny"],
+        choices=[*ON_PAGE, "large", "small", "tiny"],
         default="full",
-        help="trials: settings of recipes, on other seeds",
+        help="trials: settings of recipes, on other seeds; large: of models, for a GPU (language and images)",
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the models")
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     parser.add_argument(
         "--packages", type=Path, default=Path("runs/proof/packages"), help="Debian packages of texts and images"
@@ -98,9 +101,14 @@ def main() -> None:
         "--page", action="store_true", help=f"write the tables into {PAGE.name}, and keep the rows of --seeds"
     )
     arguments = parser.parse_args()
-    comparisons = {task: comparison(task, arguments) for task in arguments.task}
-    if arguments.page and arguments.size not in ON_PAGE:
-        parser.error(f"--page: {PAGE.name} has no tables of --size {arguments.size}; leave --page out")
+    if arguments.page and (arguments.size not in ON_PAGE or arguments.device != "cpu"):
+        asked = f"--size {arguments.size} --device {arguments.device}"
+        parser.error(f"--page: {PAGE.name} has no tables of {asked}; leave --page out")
+    try:
+        World.from_environment().device(arguments.device)
+        comparisons = {task: comparison(task, arguments) for task in arguments.task}
+    except ConfigError as error:
+        parser.error(str(error))
     for one in comparisons.values():
         if arguments.page and one.others:
             parser.error(
@@ -131,8 +139,10 @@ def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
     settings = kind.read(arguments.size)
     source = getattr(arguments, kind.source)
     seeds = seeds_on_page(settings) if arguments.seeds is None else arguments.seeds
-    name = task + ON_PAGE.get(arguments.size, "")
+    name = task + ("" if arguments.size == "full" else f"-{arguments.size}")
     results = Path(__file__).with_name("results") / name if arguments.size in ON_PAGE else None
+    if arguments.device != "cpu":  # the rows of the CPU do not have it among their settings
+        settings["device"], name, results = arguments.device, f"{name}-{arguments.device}", None
     final = kind.read("full")["seeds"]
     return Comparison(name, kind, arguments.out / name, settings, source, seeds, final, results)
 

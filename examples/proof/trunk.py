@@ -1,10 +1,10 @@
 """The training that all methods start from: at a constant rate after the warmup."""
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
+from examples.proof.cost import seconds
 from examples.proof.files import load, save
 from examples.training import Training
 from twa_scale import RunningAverages
@@ -32,23 +32,23 @@ class Trunk:
             window={"every": self.settings["every"], "keep": self.settings["candidates"], "store": "dense32"},
         )
         first, before = self._resume(training, averages)
-        start = time.process_time()
+        start = seconds(training.device)
         for step in range(first, self.settings["steps"]):
             if step in self.settings["branches"]:
                 save(training.state(), self.state(step))
             loss = training.update(step, 1.0)
             averages.step()
             if (step + 1) % self.settings["save_every"] == 0:
-                seconds = before + time.process_time() - start
-                self._keep(training, averages, step + 1, seconds)
-                print(f"{self.directory}: step {step + 1}, {seconds:.0f} s, loss {loss:.3f}", flush=True)
-        seconds = before + time.process_time() - start
+                spent = before + seconds(training.device) - start
+                self._keep(training, averages, step + 1, spent)
+                print(f"{self.directory}: step {step + 1}, {spent:.0f} s, loss {loss:.3f}", flush=True)
+        spent = before + seconds(training.device) - start
         save(training.state(), self.state(self.settings["steps"]))
         write_candidates(averages, self.directory / "candidates")
         for name in self.ema_names:
             with averages.weights(name):
                 save(training.model.state_dict(), self.ema(name))
-        return {"steps": self.settings["steps"], "seconds": seconds}
+        return {"steps": self.settings["steps"], "seconds": spent}
 
     @property
     def ema_names(self) -> list[str]:
@@ -64,11 +64,11 @@ class Trunk:
     def ema(self, name: str) -> Path:
         return self.directory / f"{name.replace(':', '-')}.pt"
 
-    def _keep(self, training: Training, averages: RunningAverages, step: int, seconds: float) -> None:
+    def _keep(self, training: Training, averages: RunningAverages, step: int, spent: float) -> None:
         """Write what `_resume` needs, then remove what it needed before."""
         states = self.directory / "resume"
         averages.save_state(states / str(step))
-        state = {**training.state(), "step": step, "seconds": seconds, "settings": self.recorded}
+        state = {**training.state(), "step": step, "seconds": spent, "settings": self.recorded}
         save(state, self.directory / "resume.pt")
         for older in states.iterdir():
             if older.name != str(step):

@@ -87,6 +87,7 @@ class TrunkWork(Work):
         method = method or {}
         steps = method.get("steps", round(self.settings["config.yaml"]["steps"] / self.settings.get("shrink", 1)))
         own = [f"candidates={self.candidates(method)}", f"output={self.directory}/runs/{slug(name)}"]
+        own.append(f"device={self.device.type}")
         sizes = [f"batch_size={self.settings['batch_size']}", f"steps={steps}", f"evaluate_every={max(1, steps // 3)}"]
         sizes += [f"select.last={number}" for number in method.get("last", [])]
         overrides = [*self.data(), *own, f"seed={self.seed}", *sizes, *self.settings.get("config", [])]

@@ -15,6 +15,7 @@ from examples.proof.cost import Cost, measured
 from examples.proof.files import load, save
 from examples.proof.parts import Part, Row, Rows, flat, slug
 from twa_scale.config.recipes import RECIPES
+from twa_scale.errors import ConfigError
 from twa_scale.ranks import Group
 from twa_scale.run.batches import make_batches
 from twa_scale.run.evaluate import evaluate
@@ -61,6 +62,11 @@ class Work(ABC):
     def model(self) -> nn.Module:
         """The model that methods leave their weights in."""
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return torch.device(self.settings.get("device", "cpu"))
+
     @abstractmethod
     def before(self) -> list[Part]:
         """Return what all methods start from; the rows have `seconds`."""
@@ -99,7 +105,7 @@ class Work(ABC):
         if not self._warm:
             self.warm()
             self._warm = True
-        with measured(type(self.model), self.settings["batch_size"]) as cost:
+        with measured(self.model, self.settings["batch_size"]) as cost:
             chosen = self.make(name, method)
         self.keep(name)
         return {"chosen": chosen, **self.cost(method, cost).row(), "validation": self.validated()}
@@ -139,7 +145,7 @@ class Work(ABC):
         """Return the metrics of the model on a split, or on its first `limit` batches."""
         batches = make_batches(self.task.dataset(split), split, self.settings["batch_size"], None, 0, 1, 0)
         limit = limit or self.settings.get("evaluate_batches")
-        return evaluate(self.task, self.model, batches, Group.world(), torch.device("cpu"), limit)
+        return evaluate(self.task, self.model, batches, Group.world(), self.device, limit)
 
     def _recorded(self, name: str) -> Settings:
         """Return all settings that the row of a method depends on."""
@@ -159,11 +165,16 @@ def read_settings(path: Path, size: str) -> Settings:
 
     Those of the file config.yaml next to `path` are in it by the file's name. A method with a `recipe` has its settings
     before its own.
+
+    Raises:
+        ConfigError: the task has no such size.
     """
     settings: Settings = yaml.safe_load(path.read_text())
     smaller: Settings = settings.pop("sizes")
     config = {"config.yaml": yaml.safe_load(path.with_name("config.yaml").read_text())}
-    settings |= config | ({} if size == "full" else smaller[size])
+    if size not in ("full", *smaller):
+        raise ConfigError(f"{path.parent.name} has no size {size}; it has full, {', '.join(smaller)}")
+    settings |= config | smaller.get(size, {})
     for method in chain.from_iterable(settings.get(key, {}).values() for key in ("methods", "head", "tail")):
         if "recipe" in method:
             method["settings"] = [*recipe_settings(method["recipe"]), *method.get("settings", [])]

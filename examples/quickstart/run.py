@@ -13,13 +13,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "quickstart.yaml"
 KEEP, EVERY = 20, 5
-RANKS = 2
+SIZES: dict[str, list[str]] = {
+    "small": [],
+    "large": [f"task.model.byte_gpt.{size}" for size in ("n_layer=7", "n_head=12", "d_model=768")],  # 50 million
+}
+RATES = {"small": 2e-3, "large": 6e-4}
 RUN = "twa-packed4"
 
 console = Console()
@@ -33,27 +38,37 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="steps of training at a constant rate")
     parser.add_argument("--extra", type=int, default=30, help="steps of TWA, and of the annealing after it")
     parser.add_argument("--batches", type=int, default=20, help="batches of each evaluation on a rank")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cpu: two ranks; cuda: one on each GPU"
+    )
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model; large: 50 M parameters, for GPUs")
     arguments = parser.parse_args()
-    out, seed, batches = arguments.out, f"seed={arguments.seed}", arguments.batches
+    ranks = 2 if arguments.device == "cpu" else torch.cuda.device_count()
+    if not ranks:
+        parser.error("--device cuda: torch sees no GPU")
+    out, batches = arguments.out, arguments.batches
+    task = [f"seed={arguments.seed}", f"device={arguments.device}", *SIZES[arguments.size]]
     start = time.perf_counter()
     for stale in ("candidates", "methods", RUN):
         shutil.rmtree(out / stale, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    stage(f"1/3  training a byte-level GPT with FSDP2 on {RANKS} ranks, and averaging its weights from memory")
+    stage(f"1/3  training a byte-level GPT with FSDP2 on {ranks} ranks, and averaging its weights from memory")
     torchrun(
-        HERE / "train.py", CONFIG, seed, f"--out={out}", f"--steps={arguments.steps}", f"--extra={arguments.extra}",
-        f"--keep={KEEP}", f"--every={EVERY}", f"--batches={batches}",
+        ranks, HERE / "train.py", CONFIG, *task, f"--out={out}", f"--steps={arguments.steps}",
+        f"--extra={arguments.extra}", f"--keep={KEEP}", f"--every={EVERY}", f"--batches={batches}",
+        f"--lr={RATES[arguments.size]}",
     )  # fmt: skip
     stage("2/3  the same from candidate files and a configuration, with deltas in 4 bits")
-    overrides = [f"candidates={out}/candidates/step-*", f"output={out / RUN}", seed]
-    torchrun("-m", "twa_scale", "run", CONFIG, *overrides, f"steps={arguments.extra}", f"evaluate_batches={batches}")
+    own = [f"candidates={out}/candidates/step-*", f"output={out / RUN}", f"steps={arguments.extra}"]
+    torchrun(ranks, "-m", "twa_scale", "run", CONFIG, *task, *own, f"evaluate_batches={batches}")
     stage("3/3  comparing on test files that were not used before")
-    table(out, compare(out, arguments.steps, arguments.extra, batches))
+    table(out, compare(out, ranks, task, arguments))
     console.print(f"[dim]{time.perf_counter() - start:.0f} s in all[/]")
 
 
-def compare(out: Path, steps: int, extra: int, batches: int) -> list[dict[str, Any]]:
+def compare(out: Path, ranks: int, task: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluate every method once on the test split."""
+    steps, extra, batches = arguments.steps, arguments.extra, arguments.batches
     methods = {
         "last weights": (out / "methods/last", steps),
         "uniform average": (out / "methods/uniform", steps),
@@ -65,7 +80,9 @@ def compare(out: Path, steps: int, extra: int, batches: int) -> list[dict[str, A
         "TWA, then annealed": (out / "methods/twa-annealed", steps + 2 * extra),
     }
     result, weights = out / "test.json", [f"--weights={path}" for path, _ in methods.values()]
-    torchrun("-m", "twa_scale", "evaluate", CONFIG, f"--batches={2 * batches}", f"--out={result}", *weights)
+    torchrun(
+        ranks, "-m", "twa_scale", "evaluate", CONFIG, *task, f"--batches={2 * batches}", f"--out={result}", *weights
+    )
     metrics = json.loads(result.read_text())
     rows = [{"method": name, "steps": steps, **metrics[str(path)]} for name, (path, steps) in methods.items()]
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -88,10 +105,10 @@ def stage(title: str) -> None:
     console.rule(f"[bold]{title}", align="left")
 
 
-def torchrun(*arguments: object) -> None:
-    """Start ranks on this machine with the free port that torchrun finds."""
+def torchrun(ranks: int, *arguments: object) -> None:
+    """Start `ranks` on this machine with the free port that torchrun finds."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     subprocess.run([*command, *map(str, arguments)], check=True, env=environment)
 
 

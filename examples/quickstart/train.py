@@ -46,7 +46,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     world = World.from_environment()
     warnings.filterwarnings("ignore", "DTensor random operators")  # each rank draws its own rows: all that is needed
-    with world.joined(torch.device("cpu")):
+    with world.joined(world.device(config.device)):
         training = Training(config, world, arguments.steps, arguments.lr)
         Quickstart(training, arguments).run()
 
@@ -132,7 +132,7 @@ class Quickstart:
         """Return the loss on the validation split."""
         group, task = Group.world(), self.training.task
         batches = make_batches(task.dataset("validation"), "validation", 32, None, group.rank, group.size, 0)
-        return evaluate(task, model, batches, group, torch.device("cpu"), self.arguments.batches)["loss"]
+        return evaluate(task, model, batches, group, self.training.device, self.arguments.batches)["loss"]
 
     def write(self, method: str) -> None:
         """Write the weights in the model to the directory of a method."""

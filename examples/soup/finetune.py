@@ -30,9 +30,11 @@ def main() -> None:
     print(f"{arguments.out}: learning rate {arguments.lr}, last batch {loss:.3f}")
 
 
-def finetune(task: Task, pretrained: Path, seed: int, lr: float, steps: int, batch_size: int, out: Path) -> float:
+def finetune(
+    task: Task, pretrained: Path, seed: int, lr: float, steps: int, batch_size: int, out: Path, device: str = "cpu"
+) -> float:
     """Train a classifier as `train` does, and save a Hugging Face directory. Return the loss of the last batch."""
-    model = classifier(pretrained)
+    model = classifier(pretrained).to(device)
     loss = train(task, model, seed, lr, steps, batch_size)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False).save_pretrained(out)
@@ -55,12 +57,13 @@ def train(task: Task, model: nn.Module, seed: int, lr: float, steps: int, batch_
     """
     torch.manual_seed(seed)
     examples: Any = task.dataset("train")
+    device = next(model.parameters()).device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     model.train()
     for indices in random_batches(torch.as_tensor(examples.token_counts), batch_size, steps):
-        batch = stack([examples[i] for i in indices.tolist()])
+        batch = {key: value.to(device) for key, value in stack([examples[i] for i in indices.tolist()]).items()}
         optimizer.zero_grad()
         loss = task.loss(model, batch)
         loss.backward()

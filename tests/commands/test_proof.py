@@ -53,7 +53,7 @@ def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, ran: tuple
     out, result = ran
     kind, source = ONCE[task]
     settings = kind.read("tiny")
-    written = tables(out / task, settings)
+    written = tables(out / f"{task}-tiny", settings)
     assert written in result
     for name, method in settings["methods"].items():
         row = rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| [\d.]+ % \|.* [\d.]+ \|"
@@ -61,11 +61,11 @@ def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, ran: tuple
         assert actual, name
         if method["how"] in ("anneal", "decayed", "schedule") and "start" not in method:
             assert int(actual[1]) == method["steps"] and int(actual[2]) == settings.get("recalibrate_batches", 0), name
-    work = kind(out / task, 0, settings, source)
+    work = kind(out / f"{task}-tiny", 0, settings, source)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
     run_parts(work.parts(), work.rows)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
-    assert not list((out / task).glob("seed-0/runs/*/average"))
+    assert not list((out / f"{task}-tiny").glob("seed-0/runs/*/average"))
 
 
 @pytest.mark.slow

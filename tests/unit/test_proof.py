@@ -80,7 +80,7 @@ def test_a_finished_part_is_never_run_again_and_a_killed_one_is(tmp_path: Path) 
 def test_every_forward_pass_is_counted_with_or_without_a_backward_pass() -> None:
     inner = nn.Linear(2, 2)
     model = nn.Sequential(inner, nn.Linear(2, 2))
-    with measured(nn.Sequential, batch_size=4) as cost:
+    with measured(model, batch_size=4) as cost:
         model(torch.ones(4, 2)).sum().backward()
         with torch.no_grad():
             model(torch.ones(6, 2))
@@ -142,7 +142,7 @@ def test_a_finished_seed_is_kept_in_one_file_from_which_the_tables_can_be_made(t
 @pytest.mark.parametrize("task", run.TASKS)
 def test_the_page_has_the_tables_of_the_rows_that_are_kept(task: str, size: str, tmp_path: Path) -> None:
     """The rows must have been measured with the present settings."""
-    asked = argparse.Namespace(size=size, out=tmp_path, seeds=[], packages=tmp_path, sentences=None)
+    asked = argparse.Namespace(size=size, device="cpu", out=tmp_path, seeds=[], packages=tmp_path, sentences=None)
     one = run.comparison(task, asked)
     written = tables(one.out, one.settings, one.shown, one.kept())
     assert (f"Finished seeds: {one.shown[0]}" in written) == (PROOF / "results" / one.name).is_dir()
@@ -151,7 +151,7 @@ def test_the_page_has_the_tables_of_the_rows_that_are_kept(task: str, size: str,
 
 @pytest.mark.parametrize("task", run.TASKS)
 def test_trials_of_settings_are_made_on_other_seeds_from_the_same_runs(task: str, tmp_path: Path) -> None:
-    asked = argparse.Namespace(size="trials", out=tmp_path, seeds=None, packages=tmp_path, sentences=None)
+    asked = argparse.Namespace(size="trials", device="cpu", out=tmp_path, seeds=None, packages=tmp_path, sentences=None)
     trials, final = (
         run.comparison(task, asked),
         run.comparison(task, argparse.Namespace(**vars(asked) | {"size": "full"})),
@@ -485,7 +485,7 @@ def test_errors_are_raised_before_the_work_begins(
     wrong: str, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wrong != "packages":
-        Rows(tmp_path / "language" / ("seed-1" if wrong == "settings" else "seed-0"))["EMA"] = {"settings": {}}
+        Rows(tmp_path / "language-tiny" / ("seed-1" if wrong == "settings" else "seed-0"))["EMA"] = {"settings": {}}
     there = set(tmp_path.rglob("*"))
     monkeypatch.setattr("sys.argv", ["run", "--task=language", f"--out={tmp_path}", f"--packages={tmp_path}", *options])
     with pytest.raises(SystemExit, match=message):
@@ -504,7 +504,7 @@ class Line(Training):
 
     def __init__(self, lr: float, end: int | None = None) -> None:
         torch.manual_seed(0)
-        self.model, self.end = nn.Linear(2, 1), end
+        self.model, self.end, self.device = nn.Linear(2, 1), end, torch.device("cpu")
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
 
     def update(self, step: int, factor: float) -> float:

@@ -12,8 +12,9 @@ from examples.proof.work import recipe_settings
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--size small --page", "--page: proof.md has no tables of --size small"),
-        ("--size tiny --page", "--page: proof.md has no tables of --size tiny"),
+        ("--size small --page", "--page: proof.md has no tables of --size small --device cpu"),
+        ("--size tiny --page", "--page: proof.md has no tables of --size tiny --device cpu"),
+        ("--size large --task vit", "vit has no size large; it has full, trials, small, tiny"),
         ("--page --seeds 0 100", "--page: language: proof.md has the seeds 0, 1, 2, 3, 4, not 100; give some of these"),
         (
             "--size trials --seeds 0",

@@ -19,7 +19,7 @@ class Adapters(Soup):
     folder = Path(__file__).parent
 
     def fine_tune(self, seed: int, rate: float, steps: int, batch_size: int, out: Path) -> None:
-        model: Any = self.task.model()
+        model: Any = self.task.model().to(self.device)
         train(self.task, model, seed, rate, steps, batch_size)
         model.save_pretrained(out)
 
@@ -36,7 +36,7 @@ class Adapters(Soup):
 
     def load(self, directory: Path) -> None:
         assert isinstance(self.task, AdapterClassification)
-        self.model = self.task.model_with(directory)
+        self.model = self.task.model_with(directory).to(self.device)
 
     def keep(self, name: str) -> None:
         model: Any = self.model

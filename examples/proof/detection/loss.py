@@ -17,7 +17,8 @@ def detection_loss(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]
         labels: for each image, `class_labels`, int64 (M,), and `boxes`, (M, 4).
     """
     shape = logits.shape[1:3]
-    near, classes = logits.new_zeros(logits.shape[:3]), torch.full(logits.shape[:3], logits.shape[-1] - 1)
+    near = logits.new_zeros(logits.shape[:3])
+    classes = torch.full(logits.shape[:3], logits.shape[-1] - 1, device=logits.device)
     cells, true = [], []
     for image, label in enumerate(labels):
         if len(label["boxes"]):
@@ -37,7 +38,7 @@ def detection_loss(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]
 
 def closeness(boxes: Tensor, rows: int, columns: int) -> Tensor:
     """Return for each box and cell, (M, rows, columns), 1 at the center of the box, and less around it."""
-    x, y = (torch.arange(count).add(0.5).div(count) for count in (columns, rows))
+    x, y = (torch.arange(count, device=boxes.device).add(0.5).div(count) for count in (columns, rows))
     across, down = (
         (SPREAD * (x - boxes[:, :1]) / boxes[:, 2:3]) ** 2,
         (SPREAD * (y - boxes[:, 1:2]) / boxes[:, 3:]) ** 2,

@@ -68,7 +68,7 @@ def shifted(images: Tensor, most: int) -> Tensor:
     count, _, height, width = images.shape
     padded = F.pad(images, (most,) * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)[:, 0]  # (B, shifts, shifts, H, W)
-    down, right = torch.randint(2 * most + 1, (2, count))
-    chosen = windows[torch.arange(count), down, right]
-    flipped = torch.rand(count, 1, 1) < 0.5
+    down, right = torch.randint(2 * most + 1, (2, count)).to(images.device)  # drawn on the CPU: the same everywhere
+    chosen = windows[torch.arange(count, device=images.device), down, right]
+    flipped = (torch.rand(count, 1, 1) < 0.5).to(images.device)
     return torch.where(flipped, chosen.flip(-1), chosen)[:, None]

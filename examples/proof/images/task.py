@@ -82,7 +82,7 @@ class Images(TrunkWork):
         """Continue the trunk to three quarters of the full run, where the tails begin."""
         steps, until = self.settings["trunk"]["steps"], 3 * self.settings["full"] // 4
         self.training.restore(load(self.trunk.state(steps)))
-        with measured(type(self.model), self.settings["batch_size"]) as cost:
+        with measured(self.model, self.settings["batch_size"]) as cost:
             self.training.follow(steps, until, self.settings["full"])
         save(self.training.state(), self.directory / "three-quarters.pt")
         return cost.row()
@@ -98,7 +98,7 @@ class Images(TrunkWork):
             (f"tail-{rate}", 3 * full // 4, full),
             (f"tail-{rate}-longer", full, full + tails["longer"]),
         ):
-            with measured(type(self.model), self.settings["batch_size"]) as cost:
+            with measured(self.model, self.settings["batch_size"]) as cost:
                 for step in range(first, last):
                     self.training.update(step, rate)
                     averages.step()
@@ -136,7 +136,7 @@ class Images(TrunkWork):
         chosen = (next(batches.training(step)) for step in range(batches.per_epoch))
         task: Any = self.task
         inputs = (task.inputs(batch) for batch in islice(chosen, self.settings.get("recalibrate_batches", 0)))
-        update_bn(inputs, self.model)
+        update_bn(inputs, self.model, self.device)
 
     def candidates(self, method: Settings) -> str:
         if "tail" in method:

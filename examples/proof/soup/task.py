@@ -71,16 +71,16 @@ class Soup(Work):
         """Make one fine-tuning, and evaluate it. Return both costs, and the metrics by which they are ranked."""
         settings, batch_size = self.settings["fine_tunings"], self.settings["batch_size"]
         rate = settings["rates"][index % len(settings["rates"])]
-        with measured(type(self.model), batch_size) as cost:
+        with measured(self.model, batch_size) as cost:
             self.fine_tune(self.seed * 1000 + index, rate, settings["steps"], batch_size, out)
         self.load(out)
-        with measured(type(self.model), batch_size) as evaluation:
+        with measured(self.model, batch_size) as evaluation:
             metrics = self.metrics("validation")
         return {"rate": rate, **cost.row(), "evaluation": evaluation.row(), "validation": metrics}
 
     def fine_tune(self, seed: int, rate: float, steps: int, batch_size: int, out: Path) -> None:
         """Fine-tune the pretrained model, and write the result."""
-        finetune(self.task, self.pretrained, seed, rate, steps, batch_size, out)
+        finetune(self.task, self.pretrained, seed, rate, steps, batch_size, out, self.device.type)
 
     def pool(self, without: int) -> list[str]:
         """Return the names of the fine-tunings without the best ones, the best of them first."""
@@ -132,6 +132,7 @@ class Soup(Work):
     def config(self, name: str, paths: list[str], settings: list[str]) -> RunConfig:
         """Return config.yaml with the paths and the seed of this run, and the settings of a method."""
         own = [f"candidates=[{', '.join(paths)}]", f"output={self.directory}/runs/{slug(name)}", f"seed={self.seed}"]
+        own.append(f"device={self.device.type}")
         sizes = [f"batch_size={self.settings['batch_size']}", *self.settings.get("config", [])]
         return load_config(self.folder / "config.yaml", [*self._data, *own, *sizes, *settings])
 
@@ -145,7 +146,7 @@ class Soup(Work):
 
     @cached_property
     def model(self) -> nn.Module:
-        return self.task.model()
+        return self.task.model().to(self.device)
 
     @cached_property
     def pretrained(self) -> Path:
