@@ -110,16 +110,8 @@ def main() -> None:
     except ConfigError as error:
         parser.error(str(error))
     for one in comparisons.values():
-        if arguments.page and one.others:
-            parser.error(
-                f"--page: {one.name}: {PAGE.name} has the seeds {numbers(seeds_on_page(one.settings))}, not "
-                f"{numbers(one.others)}; give some of these, or leave --page out"
-            )
-        if arguments.size == "trials" and (final := [seed for seed in one.others if seed in one.final]):
-            parser.error(
-                f"{one.name}: no settings are chosen by the final seeds {numbers(final)}; the trials have the seeds "
-                f"{numbers(seeds_on_page(one.settings))}"
-            )
+        if message := wrong_seeds(one, arguments):
+            parser.error(message)
     check(list(comparisons.values()), arguments.out)
     for one in comparisons.values():
         for seed in one.seeds:
@@ -151,6 +143,21 @@ def seeds_on_page(settings: Settings) -> list[int]:
     """Return the seeds whose tables the page has: the final ones, or for trials those of development."""
     seeds: list[int] = settings["seeds"] or settings.get("development", [])
     return seeds
+
+
+def wrong_seeds(one: Comparison, arguments: argparse.Namespace) -> str | None:
+    """Return why a command must not run the seeds of a task, if so."""
+    known = numbers(seeds_on_page(one.settings))
+    if arguments.page and one.others:
+        return (
+            f"--page: {one.name}: {PAGE.name} has the seeds {known}, not {numbers(one.others)}; give some of these, or "
+            "leave --page out"
+        )
+    if arguments.size == "trials" and (final := [seed for seed in one.others if seed in one.final]):
+        return (
+            f"{one.name}: no settings are chosen by the final seeds {numbers(final)}; the trials have the seeds {known}"
+        )
+    return None
 
 
 def numbers(seeds: list[int]) -> str:

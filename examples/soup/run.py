@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/soup"))
     parser.add_argument("--ingredients", type=int, default=6)
     parser.add_argument("--steps", type=int, default=100, help="of each fine-tuning")
-    parser.add_argument("--epochs", type=float, default=1, help="of twa_scale over the validation split")
+    parser.add_argument("--epochs", type=float, default=3, help="of twa_scale over the validation split")
     parser.add_argument("--batches", type=int, help="of each evaluation; the whole split when not given")
     arguments = parser.parse_args()
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """Soups of fine-tunings of one seed, and the elimination test: the same without the best fine-tunings."""
 
+import math
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -41,7 +42,7 @@ class Soup(Work):
 
     @classmethod
     def read(cls, size: str) -> Settings:
-        """Return methods.yaml, with each method once for every pool of fine-tunings."""
+        """Return methods.yaml, with each method once for every pool of fine-tunings, or only for the `first_pool`."""
         settings = read_settings(cls.folder / "methods.yaml", size)
         settings["before"] = [f"fine-tuning-{i:02}" for i in range(settings["fine_tunings"]["number"])]
         pools = {number: pool_name(number) for number in settings.pop("without_best")}
@@ -49,13 +50,14 @@ class Soup(Work):
         settings["methods"] = {
             f"{name}, {pool}": {**method, "without": number}
             for (number, pool), (name, method) in product(pools.items(), methods.items())
+            if number == min(pools) or not method.get("first_pool")
         }
-        settings["claims"] = [
-            [f"{ours}, {pool}", f"{theirs}, {pool}"] for pool in pools.values() for ours, theirs in settings["claims"]
-        ]
+        pairs = [[f"{one}, {pool}" for one in pair] for pool in pools.values() for pair in settings["claims"]]
+        settings["claims"] = [pair for pair in pairs if all(name in settings["methods"] for name in pair)]
         settings["tables"] = [
-            {"reference": f"{reference}, {pool}", "methods": [f"{name}, {pool}" for name in methods]}
+            {"reference": f"{reference}, {pool}", "methods": [name for name in names if name in settings["methods"]]}
             for pool in pools.values()
+            if (names := [f"{name}, {pool}" for name in methods])
         ]
         return settings
 
@@ -82,6 +84,25 @@ class Soup(Work):
         """Fine-tune the pretrained model, and write the result."""
         finetune(self.task, self.pretrained, seed, rate, steps, batch_size, out, self.device.type)
 
+    def overrides(self, method: Settings) -> list[str]:
+        """Return the settings of TWA that a method overrides."""
+        found = [f"task.validation={self.joined}"] if method.get("joined") else []
+        if "epochs" in method:  # of a run that evaluates
+            limit = self.settings.get("evaluate_batches") or "null"
+            found += [f"epochs={method['epochs'] / self.settings.get('shrink', 1)}", f"evaluate_batches={limit}"]
+        return [*found, *method.get("settings", [])]
+
+    def longer(self, name: str, best: str, extra: int) -> str:
+        """Make a fine-tuning like the best one with `extra` steps more."""
+        settings, rate, out = (
+            self.settings["fine_tunings"],
+            self.rows[best]["rate"],
+            self.directory / "runs" / slug(name),
+        )
+        self.fine_tune(self.seed * 1000, rate, settings["steps"] + extra, self.settings["batch_size"], out)
+        self.load(out)
+        return f"rate {rate}"
+
     def pool(self, without: int) -> list[str]:
         """Return the names of the fine-tunings without the best ones, the best of them first."""
         return sorted(self.settings["before"], key=self._loss)[without:]
@@ -105,10 +126,11 @@ class Soup(Work):
                     return f"all {len(pool)}"
             case "greedy":
                 return greedy(self.model, paths, self.validation, [self._loss(name) for name in pool], **of_average)
+            case "longer":
+                extra = math.ceil(method["steps"] / self.settings.get("shrink", 1))
+                return self.longer(name, pool[0], extra)
             case "twa":
-                data = [f"task.validation={self.joined}"] if method.get("joined") else []
-                settings = [*data, *method.get("settings", [])]
-                with exported(self.config(name, paths, settings)) as (average, chosen):
+                with exported(self.config(name, paths, self.overrides(method))) as (average, chosen):
                     self.load(average)
                 return chosen
             case other:
@@ -120,7 +142,10 @@ class Soup(Work):
 
     def cost(self, method: Settings, cost: Cost) -> Cost:
         """Add the evaluations of single fine-tunings to the methods that choose by them. They are made once."""
-        if method["how"] in ("best", "greedy"):
+        if method["how"] == "longer":  # its other steps take the place of those of a fine-tuning
+            extra = cost.steps - self.settings["fine_tunings"]["steps"]
+            cost = Cost(extra, 0, cost.seconds * extra / cost.steps)
+        if method["how"] in ("best", "greedy", "longer"):
             evaluations = (Cost(**self.rows[name]["evaluation"]) for name in self.pool(method["without"]))
             cost = sum(evaluations, cost)
         return super().cost(method, cost)
