@@ -57,7 +57,7 @@ scale-run: setup ## A billion parameters and 16 candidates on two ranks: 40 GB o
 results: setup ## Repeat the quickstart with three seeds and rewrite docs/results.md.
 	$(BIN)/python examples/quickstart/seeds.py
 
-proof: setup $(PACKAGES) $(SENTENCES) ## Compare TWA with other methods at equal cost: hours, 23 GB of disk; continues where it was. TASK=name SEEDS="0 1".
+proof: setup $(PACKAGES) $(SENTENCES) ## Compare TWA with other methods at equal cost: hours, 28 GB of disk; continues where it was. TASK=name SEEDS="0 1".
 	OMP_NUM_THREADS=1 $(PROOF) $(if $(SEEDS),--seeds $(SEEDS)) --page
 
 proof-trials: setup $(PACKAGES) $(SENTENCES) ## Compare settings of the recipes on development seeds: hours. TASK=name SEEDS="100".
