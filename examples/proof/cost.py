@@ -20,7 +20,8 @@ class Cost:
     evaluations: float = 0.0
     """Forward passes alone, in batches of training."""
     seconds: float = 0.0
-    """See `seconds`."""
+    """Time of the processor, in all threads, so that other programs on the machine do not count; for a GPU, of the
+    clock."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.steps + other.steps, self.evaluations + other.evaluations, self.seconds + other.seconds)
@@ -30,11 +31,8 @@ class Cost:
         return asdict(self)
 
 
-def seconds(device: torch.device) -> float:
-    """Return a time in seconds: of the processor, in all threads, so that other programs on the machine do not count.
-
-    For a GPU it is the time of the clock, when the GPU has finished.
-    """
+def clock(device: torch.device) -> float:
+    """Return the seconds of `Cost` until now. A GPU finishes its work first."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -58,7 +56,7 @@ def measured(model: nn.Module, batch_size: int) -> Iterator[Cost]:
             else:
                 cost.evaluations += batches
 
-    start = seconds(device)
+    start = clock(device)
     with register_module_forward_hook(count):
         yield cost
-    cost.seconds = seconds(device) - start
+    cost.seconds = clock(device) - start

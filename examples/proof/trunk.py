@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from examples.proof.cost import seconds
+from examples.proof.cost import clock
 from examples.proof.files import load, save
 from examples.training import Training
 from twa_scale import RunningAverages
@@ -32,17 +32,17 @@ class Trunk:
             window={"every": self.settings["every"], "keep": self.settings["candidates"], "store": "dense32"},
         )
         first, before = self._resume(training, averages)
-        start = seconds(training.device)
+        start = clock(training.device)
         for step in range(first, self.settings["steps"]):
             if step in self.settings["branches"]:
                 save(training.state(), self.state(step))
             loss = training.update(step, 1.0)
             averages.step()
             if (step + 1) % self.settings["save_every"] == 0:
-                spent = before + seconds(training.device) - start
+                spent = before + clock(training.device) - start
                 self._keep(training, averages, step + 1, spent)
                 print(f"{self.directory}: step {step + 1}, {spent:.0f} s, loss {loss:.3f}", flush=True)
-        spent = before + seconds(training.device) - start
+        spent = before + clock(training.device) - start
         save(training.state(), self.state(self.settings["steps"]))
         write_candidates(averages, self.directory / "candidates")
         for name in self.ema_names:

@@ -59,7 +59,9 @@ class TrunkWork(Work):
         return [Part("trunk", self.trunk.recorded, lambda: self.trunk.run(self.training))]
 
     def warm(self) -> None:
-        with attached(self.model, self.trunk.candidates, select={"last": 2}):
+        with attached(self.model, self.trunk.candidates, select={"last": 2}) as average:
+            self.training.backward(0)
+            average.step()  # compiles kernels on a GPU
             self.score()
 
     def make(self, name: str, method: Settings) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from examples.proof.cost import Cost, measured
 from examples.proof.files import load, save
 from examples.proof.parts import Part, Row, Rows, flat, slug
+from examples.proof.trial_optimizers import OPTIMIZERS
 from twa_scale.config.recipes import RECIPES
 from twa_scale.errors import ConfigError
 from twa_scale.ranks import Group
@@ -24,7 +25,9 @@ from twa_scale.run.tasks import Task
 Settings = dict[str, Any]
 
 # The row of a part depends on none of these.
-NOT_OF_ONE_PART = ("seeds", "development", "before", "methods", "tables", "claims", "spreads", "compared")
+NOT_OF_ONE_PART = (
+    "seeds", "development", "before", "methods", "tables", "claims", "spreads", "compared", "part_bytes"
+)  # fmt: skip
 
 
 class Work(ABC):
@@ -37,7 +40,7 @@ class Work(ABC):
     """
 
     part_bytes: int
-    """What a part leaves on the disk, on average."""
+    """What a part leaves on the disk, on average, unless the settings have it."""
     source = "packages"
     """The argument of the command that says where the data come from."""
 
@@ -97,7 +100,8 @@ class Work(ABC):
 
     def bytes_needed(self) -> int:
         """Return what these parts will leave on the disk."""
-        return self.part_bytes * sum(not name.startswith("test/") for name in self.missing())
+        of_each: int = self.settings.get("part_bytes", self.part_bytes)
+        return of_each * sum(not name.startswith("test/") for name in self.missing())
 
     def row(self, name: str) -> Row:
         """Run a method and keep its weights. The cost is what comes on top of `before`."""
@@ -167,15 +171,18 @@ def read_settings(path: Path, size: str) -> Settings:
     before its own.
 
     Raises:
-        ConfigError: the task has no such size.
+        ConfigError: the task has no such size, or a method an unknown recipe or optimizer.
     """
     settings: Settings = yaml.safe_load(path.read_text())
     smaller: Settings = settings.pop("sizes")
     config = {"config.yaml": yaml.safe_load(path.with_name("config.yaml").read_text())}
     if size not in ("full", *smaller):
-        raise ConfigError(f"{path.parent.name} has no size {size}; it has full, {', '.join(smaller)}")
+        sizes = ", ".join(["full", *smaller])
+        raise ConfigError(f"{path.parent.name} has no size {size}; it has {sizes}. --task leaves it out")
     settings |= config | smaller.get(size, {})
     for method in chain.from_iterable(settings.get(key, {}).values() for key in ("methods", "head", "tail")):
+        if method.get("optimizer", "sharpness-aware") not in OPTIMIZERS:
+            raise ConfigError(f"optimizer: {method['optimizer']} is unknown; it is one of {', '.join(OPTIMIZERS)}")
         if "recipe" in method:
             method["settings"] = [*recipe_settings(method["recipe"]), *method.get("settings", [])]
     return settings
@@ -185,9 +192,9 @@ def recipe_settings(name: str) -> list[str]:
     """Return the settings of a recipe as overrides, without the length of the run and the size of a batch.
 
     Raises:
-        SystemExit: there is no such recipe.
+        ConfigError: there is no such recipe.
     """
     if name not in RECIPES:
-        raise SystemExit(f"recipe: {name} is unknown; it is one of {', '.join(RECIPES)}")
+        raise ConfigError(f"recipe: {name} is unknown; it is one of {', '.join(RECIPES)}")
     recipe = flat({key: value for key, value in RECIPES[name].items() if key not in ("steps", "epochs", "batch_size")})
     return [f"{key}={json.dumps(value)}" for key, value in recipe.items()]

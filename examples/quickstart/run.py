@@ -1,4 +1,4 @@
-"""The whole story on real text: train a small GPT under FSDP2, learn how to average its weights, train on, compare.
+"""The whole story on real text: train a small GPT with FSDP2, learn how to average its weights, train on, compare.
 
 `make quickstart` runs this. Everything is written below runs/quickstart; `--seed` repeats it with other data orders.
 """
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,27 @@ def main() -> None:
     parser.add_argument("--extra", type=int, default=30, help="steps of TWA, and of the annealing after it")
     parser.add_argument("--batches", type=int, default=20, help="batches of each evaluation on a rank")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="cpu: two ranks; cuda: one on each GPU"
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cpu: two ranks; cuda: one for each GPU, up to a power of two",
     )
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model; large: 50 M parameters, for GPUs")
     arguments = parser.parse_args()
-    ranks = 2 if arguments.device == "cpu" else torch.cuda.device_count()
-    if not ranks:
-        parser.error("--device cuda: torch sees no GPU")
+    ranks = 2
+    if arguments.device == "cuda":
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            parser.error("--device cuda: torch sees no GPU")
+        ranks = 2 ** int(log2(gpus))  # a batch is divided over the ranks
+    named = f"{ranks} ranks with FSDP2" if ranks > 1 else "one rank"
     out, batches = arguments.out, arguments.batches
     task = [f"seed={arguments.seed}", f"device={arguments.device}", *SIZES[arguments.size]]
     start = time.perf_counter()
     for stale in ("candidates", "methods", RUN):
         shutil.rmtree(out / stale, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    stage(f"1/3  training a byte-level GPT with FSDP2 on {ranks} ranks, and averaging its weights from memory")
+    stage(f"1/3  training a byte-level GPT on {named}, and averaging its weights from memory")
     torchrun(
         ranks, HERE / "train.py", CONFIG, *task, f"--out={out}", f"--steps={arguments.steps}",
         f"--extra={arguments.extra}", f"--keep={KEEP}", f"--every={EVERY}", f"--batches={batches}",

@@ -58,7 +58,8 @@ class Quickstart:
         self.training = training
         self.model = training.model
         self.arguments = arguments
-        self.console = Console(quiet=dist.get_rank() != 0)
+        self.rank = Group.world().rank  # a single process has no process group
+        self.console = Console(quiet=self.rank != 0)
         self.writer = Snapshots(arguments.out / "methods", every_n_steps=1)
         self.end = arguments.steps + 2 * arguments.extra  # of every method
         self.branch = min(arguments.steps, round(0.8 * self.end))
@@ -97,7 +98,7 @@ class Quickstart:
         with averages.learning({"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.03}}) as twa:
             twa.start_from(start)
             schedule = CosineAnnealingLR(twa.optimizer, arguments.extra)
-            for step in track(range(arguments.extra), f"TWA from {start}", disable=dist.get_rank() != 0):
+            for step in track(range(arguments.extra), f"TWA from {start}", disable=self.rank != 0):
                 self.training.backward(arguments.steps + step)
                 twa.step()
                 twa.zero_grad()
@@ -112,7 +113,7 @@ class Quickstart:
         """Train, and keep the states that others start from."""
         losses: list[float] = []
         steps, start = self.arguments.steps, time.perf_counter()
-        for step in track(range(steps), "constant rate", disable=dist.get_rank() != 0):
+        for step in track(range(steps), "constant rate", disable=self.rank != 0):
             if step == self.branch:
                 self.states[step] = self.training.state()
             losses.append(self.training.update(step, 1.0))
@@ -125,7 +126,7 @@ class Quickstart:
             "seconds_per_step": seconds,
             "losses": losses[::10],
         }
-        if dist.get_rank() == 0:
+        if self.rank == 0:
             (self.arguments.out / "training.json").write_text(json.dumps(facts) + "\n")
 
     def score(self, model: torch.nn.Module) -> float:
@@ -137,9 +138,10 @@ class Quickstart:
     def write(self, method: str) -> None:
         """Write the weights in the model to the directory of a method."""
         path = self.writer.save(self.model, 1)
-        if dist.get_rank() == 0:
+        if self.rank == 0:
             path.rename(path.with_name(method))
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make scale-run` with 0.1 G parameters: 16 candidates of 4 in bf16 shards, packed4 on two FSDP2 ranks, the check."""
+"""`make scale-run` with 0.1 G parameters: 16 candidates, 4 of them written, packed4 on two FSDP2 ranks, the check."""
 
 import json
 import os

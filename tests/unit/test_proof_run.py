@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from examples.proof.run import main
+from examples.proof.soup.task import Soup
 from examples.proof.work import recipe_settings
+from twa_scale.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -14,7 +16,7 @@ from examples.proof.work import recipe_settings
     [
         ("--size small --page", "--page: proof.md has no tables of --size small --device cpu"),
         ("--size tiny --page", "--page: proof.md has no tables of --size tiny --device cpu"),
-        ("--size large --task vit", "vit has no size large; it has full, trials, small, tiny"),
+        ("--size large --task vit", "vit has no size large; it has full, trials, small, tiny. --task"),
         ("--page --seeds 0 100", "--page: language: proof.md has the seeds 0, 1, 2, 3, 4, not 100; give some of these"),
         (
             "--size trials --seeds 0",
@@ -33,5 +35,14 @@ def test_seeds_and_sizes_that_do_not_fit(
 
 
 def test_unknown_recipes_are_refused() -> None:
-    with pytest.raises(SystemExit, match="recipe: tale is unknown; it is one of tail, head, soup"):
+    with pytest.raises(ConfigError, match="recipe: tale is unknown; it is one of tail, head, soup"):
         recipe_settings("tale")
+
+
+def test_a_method_of_the_first_pool_has_one_row_and_one_claim() -> None:
+    settings = Soup.read("full")
+    assert [name for name in settings["methods"] if name.startswith("longer")] == ["longer fine-tuning, all"]
+    assert [pair for pair in settings["claims"] if "longer" in pair[1]] == [["recipe, all", "longer fine-tuning, all"]]
+    methods, pools = settings["tables"][0]["methods"], settings["tables"]
+    assert [len(table["methods"]) for table in pools] == [len(methods), *[len(methods) - 1] * 3]
+    assert Soup.read("tiny")["methods"]["longer fine-tuning, without the best 1"]["steps"] == 1

@@ -1,8 +1,8 @@
 """Soups of fine-tunings of one seed, and the elimination test: the same without the best fine-tunings."""
 
 import math
+import shutil
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,18 @@ class Soup(Work):
         """Return methods.yaml, with each method once for every pool of fine-tunings, or only for the `first_pool`."""
         settings = read_settings(cls.folder / "methods.yaml", size)
         settings["before"] = [f"fine-tuning-{i:02}" for i in range(settings["fine_tunings"]["number"])]
-        pools = {number: pool_name(number) for number in settings.pop("without_best")}
-        methods, reference = settings["methods"], settings.pop("reference")
-        settings["methods"] = {
-            f"{name}, {pool}": {**method, "without": number}
-            for (number, pool), (name, method) in product(pools.items(), methods.items())
-            if number == min(pools) or not method.get("first_pool")
-        }
-        pairs = [[f"{one}, {pool}" for one in pair] for pool in pools.values() for pair in settings["claims"]]
-        settings["claims"] = [pair for pair in pairs if all(name in settings["methods"] for name in pair)]
-        settings["tables"] = [
-            {"reference": f"{reference}, {pool}", "methods": [name for name in names if name in settings["methods"]]}
-            for pool in pools.values()
-            if (names := [f"{name}, {pool}" for name in methods])
-        ]
+        methods, claims = settings["methods"], settings["claims"]
+        pools, reference = settings.pop("without_best"), settings.pop("reference")
+        settings |= {"methods": {}, "claims": [], "tables": []}
+        for number in pools:
+            made = {name: one for name, one in methods.items() if number == pools[0] or not one.get("first_pool")}
+            names = {name: f"{name}, {pool_name(number)}" for name in made}
+            settings["methods"] |= {
+                names[name]: resized(one, settings) | {"without": number} for name, one in made.items()
+            }
+            of_pool = [pair for pair in claims if all(name in made for name in pair if name in methods)]
+            settings["claims"] += [[names[name] for name in pair] for pair in of_pool]
+            settings["tables"].append({"reference": names[reference], "methods": list(names.values())})
         return settings
 
     def before(self) -> list[Part]:
@@ -89,18 +87,19 @@ class Soup(Work):
         found = [f"task.validation={self.joined}"] if method.get("joined") else []
         if "epochs" in method:  # of a run that evaluates
             limit = self.settings.get("evaluate_batches") or "null"
-            found += [f"epochs={method['epochs'] / self.settings.get('shrink', 1)}", f"evaluate_batches={limit}"]
+            found += [f"epochs={method['epochs']}", f"evaluate_batches={limit}"]
         return [*found, *method.get("settings", [])]
 
     def longer(self, name: str, best: str, extra: int) -> str:
-        """Make a fine-tuning like the best one with `extra` steps more."""
-        settings, rate, out = (
-            self.settings["fine_tunings"],
-            self.rows[best]["rate"],
-            self.directory / "runs" / slug(name),
-        )
-        self.fine_tune(self.seed * 1000, rate, settings["steps"] + extra, self.settings["batch_size"], out)
+        """Make a fine-tuning of `extra` steps more than the others, with the rate of the best one.
+
+        It has the seed of the first one, but another schedule, and so other weights from the first step on.
+        """
+        rate, steps = self.rows[best]["rate"], self.settings["fine_tunings"]["steps"] + extra
+        out = self.directory / "runs" / slug(name)
+        self.fine_tune(self.seed * 1000, rate, steps, self.settings["batch_size"], out)
         self.load(out)
+        shutil.rmtree(out)  # `Work.row` keeps the weights
         return f"rate {rate}"
 
     def pool(self, without: int) -> list[str]:
@@ -127,8 +126,7 @@ class Soup(Work):
             case "greedy":
                 return greedy(self.model, paths, self.validation, [self._loss(name) for name in pool], **of_average)
             case "longer":
-                extra = math.ceil(method["steps"] / self.settings.get("shrink", 1))
-                return self.longer(name, pool[0], extra)
+                return self.longer(name, pool[0], method["steps"])
             case "twa":
                 with exported(self.config(name, paths, self.overrides(method))) as (average, chosen):
                     self.load(average)
@@ -142,9 +140,8 @@ class Soup(Work):
 
     def cost(self, method: Settings, cost: Cost) -> Cost:
         """Add the evaluations of single fine-tunings to the methods that choose by them. They are made once."""
-        if method["how"] == "longer":  # its other steps take the place of those of a fine-tuning
-            extra = cost.steps - self.settings["fine_tunings"]["steps"]
-            cost = Cost(extra, 0, cost.seconds * extra / cost.steps)
+        if method["how"] == "longer":  # only its `extra` steps count
+            cost = Cost(method["steps"], 0, cost.seconds * method["steps"] / cost.steps)
         if method["how"] in ("best", "greedy", "longer"):
             evaluations = (Cost(**self.rows[name]["evaluation"]) for name in self.pool(method["without"]))
             cost = sum(evaluations, cost)
@@ -205,6 +202,14 @@ class Soup(Work):
 
     def _fine_tuning(self, name: str) -> Path:
         return self.directory / "fine-tunings" / name
+
+
+def resized(method: Settings, settings: Settings) -> Settings:
+    """Return a method of a smaller size, whose steps or epochs are divided by `shrink` of the settings, if any."""
+    shrink = settings.get("shrink", 1)
+    if "steps" in method:
+        return method | {"steps": math.ceil(method["steps"] / shrink)}
+    return method | {"epochs": method["epochs"] / shrink} if "epochs" in method else method
 
 
 def pool_name(without: int) -> str:
