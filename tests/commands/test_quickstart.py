@@ -31,3 +31,13 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert [row["steps"] for row in rows] == [10, 10, 10, 12, 12, 14, 14, 14]
     assert all(1 < row["loss"] < 5.6 for row in rows)  # log 256 = 5.55
     assert (tmp_path / "twa-packed4" / "coefficients.png").exists()
+
+
+@pytest.mark.slow
+def test_the_trainings_on_one_rank(tmp_path: Path) -> None:
+    """As on a machine with one GPU: there is no process group."""
+    command = [ROOT / "examples/quickstart/train.py", ROOT / "configs/quickstart.yaml", "device=cpu"]
+    command += [f"--out={tmp_path}", "--steps=10", "--extra=1", "--keep=8", "--every=5", "--batches=1"]
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+    expected = {"annealed", "decayed", "ema", "last", "twa", "twa-annealed", "uniform"}
+    assert {path.name for path in (tmp_path / "methods").iterdir()} == expected
