@@ -33,7 +33,7 @@ from examples.proof.packages import members
 from examples.proof.page import PAGE, updated
 from examples.proof.parts import Part, Row, Rows, check_rows, run_parts, slug
 from examples.proof.significance import difference
-from examples.proof.soup.halves import joined, write_halves
+from examples.proof.soup.halves import joined, spread, write_halves
 from examples.proof.soup.task import Soup
 from examples.proof.stored_rows import keep, kept_rows
 from examples.proof.table import tables
@@ -391,6 +391,7 @@ def test_halves_of_the_validation_sentences_are_disjoint(tmp_path: Path) -> None
     assert halves == [["label,text", *rows[0::2]], ["label,text", *rows[1::2]]]
     both = joined(*write_halves(tmp_path / "all.csv", tmp_path / "halves"))
     assert both.splitlines() == ["label,text", *rows[0::2], *rows[1::2]]
+    assert spread(tmp_path / "all.csv", 2).splitlines() == ["label,text", rows[0], rows[2]]
 
 
 def test_batches_of_fine_tunings_have_sentences_of_similar_length_in_a_random_order() -> None:

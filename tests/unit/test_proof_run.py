@@ -42,7 +42,9 @@ def test_unknown_recipes_are_refused() -> None:
 def test_a_method_of_the_first_pool_has_one_row_and_one_claim() -> None:
     settings = Soup.read("full")
     assert [name for name in settings["methods"] if name.startswith("longer")] == ["longer fine-tuning, all"]
-    assert [pair for pair in settings["claims"] if "longer" in pair[1]] == [["recipe, all", "longer fine-tuning, all"]]
+    assert [pair for pair in settings["claims"] if "longer" in pair[1]] == [
+        ["TWA tensor, all", "longer fine-tuning, all"]
+    ]
     methods, pools = settings["tables"][0]["methods"], settings["tables"]
     assert [len(table["methods"]) for table in pools] == [len(methods), *[len(methods) - 1] * 3]
     assert Soup.read("tiny")["methods"]["longer fine-tuning, without the best 1"]["steps"] == 1

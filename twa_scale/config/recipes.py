@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "soup": {
         "basis": "normalized",
         "units": "delta",
-        "groups": "tensor",
+        "groups": "global",
         "center": "mean",
         "optimizer": {"name": "adamw", "lr": 0.03},
         "schedule": {"name": "cosine", "warmup": 0.2},

@@ -1,7 +1,11 @@
-"""The validation sentences in two halves: one to choose and to train coefficients by, one to judge settings by."""
+"""The validation sentences in two halves: one to choose and to train coefficients by, one to judge settings by.
+
+Trials also train by other parts of them.
+"""
 
 import csv
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 from examples.shared_directory import make_once
@@ -22,6 +26,15 @@ def _write(validation: Path, into: Path) -> None:
     for i, name in enumerate(NAMES):
         with (into / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *rows[i::2]])
+
+
+def spread(path: Path, number: int) -> str:
+    """Return records of a CSV file at equal distances as one file: the sentences are sorted by their labels."""
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    written = StringIO(newline="")
+    csv.writer(written).writerows([header, *(rows[i * len(rows) // number] for i in range(number))])
+    return written.getvalue()
 
 
 def joined(first: Path, second: Path) -> str:

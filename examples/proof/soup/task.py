@@ -12,7 +12,7 @@ from torch import nn
 from examples.proof.averages import attached, exported, greedy
 from examples.proof.cost import Cost, measured
 from examples.proof.parts import Part, Row, slug
-from examples.proof.soup.halves import joined, write_halves
+from examples.proof.soup.halves import joined, spread, write_halves
 from examples.proof.work import Settings, Work, read_settings
 from examples.soup.finetune import finetune
 from examples.soup.model_and_data import unpack_model, write_splits
@@ -85,6 +85,8 @@ class Soup(Work):
     def overrides(self, method: Settings) -> list[str]:
         """Return the settings of TWA that a method overrides."""
         found = [f"task.validation={self.joined}"] if method.get("joined") else []
+        if "sentences" in method:
+            found.append(f"task.validation={self.spread(method['sentences'])}")
         if "epochs" in method:  # of a run that evaluates
             limit = self.settings.get("evaluate_batches") or "null"
             found += [f"epochs={method['epochs']}", f"evaluate_batches={limit}"]
@@ -188,6 +190,12 @@ class Soup(Work):
         """The training sentences and the validation half that methods use, in one file."""
         path = self.out / "joined.csv"
         replace_file(path, joined(self.files["train"], self.files["validation"]).encode())
+        return path
+
+    def spread(self, number: int) -> Path:
+        """Return a file with some of the sentences of the validation half that methods use."""
+        path = self.out / f"spread-{number}.csv"
+        replace_file(path, spread(self.files["validation"], number).encode())
         return path
 
     @property
