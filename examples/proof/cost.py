@@ -26,6 +26,10 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.steps + other.steps, self.evaluations + other.evaluations, self.seconds + other.seconds)
 
+    def of(self, steps: float) -> "Cost":
+        """Return the cost of some of the steps, with all evaluations."""
+        return Cost(steps, self.evaluations, self.seconds * steps / self.steps)
+
     def row(self) -> dict[str, float]:
         """Return the cost as a part of a row."""
         return asdict(self)

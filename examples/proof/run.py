@@ -47,10 +47,14 @@ class Comparison:
     source: Path | None
     """The archive or directory that the data come from."""
     seeds: list[int]
-    final: list[int]
-    """The seeds whose test split is read."""
     results: Path | None = None
     """The directory of the repository that keeps the rows of finished seeds, if any."""
+
+    @property
+    def final(self) -> list[int]:
+        """Return the seeds by which no settings may be chosen."""
+        seeds: list[int] = self.kind.read("full")["seeds"]
+        return seeds
 
     @property
     def others(self) -> list[int]:
@@ -135,8 +139,7 @@ def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
     results = Path(__file__).with_name("results") / name if arguments.size in ON_PAGE else None
     if arguments.device != "cpu":  # the rows of the CPU do not have it among their settings
         settings["device"], name, results = arguments.device, f"{name}-{arguments.device}", None
-    final = kind.read("full")["seeds"]
-    return Comparison(name, kind, arguments.out / name, settings, source, seeds, final, results)
+    return Comparison(name, kind, arguments.out / name, settings, source, seeds, results)
 
 
 def seeds_on_page(settings: Settings) -> list[int]:

@@ -1,6 +1,5 @@
 """The work on one seed of a task whose candidates come from one training run, the trunk."""
 
-import math
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from examples.proof.cost import Cost
 from examples.proof.parts import Part, slug
 from examples.proof.trunk import Trunk
 from examples.proof.trunk_methods import branch, make
-from examples.proof.work import Settings, Work, read_settings
+from examples.proof.work import Settings, Work, read_settings, shrunk
 from examples.training import Training
 from twa_scale.config import RunConfig, load_config
 from twa_scale.ranks import World
@@ -81,7 +80,7 @@ class TrunkWork(Work):
 
     def cost(self, method: Settings, cost: Cost) -> Cost:
         if method["how"] == "decayed":  # its other steps take the place of steps of the trunk
-            return Cost(method["steps"], 0, cost.seconds * method["steps"] / cost.steps)
+            return cost.of(method["steps"])
         return super().cost(method, cost)
 
     def config(self, name: str = "", method: dict[str, Any] | None = None) -> RunConfig:
@@ -142,9 +141,7 @@ def resized(method: Settings, settings: Settings, candidates: int, part: str = "
         candidates: how many there are at the full size.
         part: the settings with the number of `candidates` at the smaller size.
     """
-    most, sizes = settings[part]["candidates"], {}
-    if "steps" in method:
-        sizes["steps"] = math.ceil(method["steps"] / settings.get("shrink", 1))
+    most, made = settings[part]["candidates"], shrunk(method, settings)
     if "last" in method:
-        sizes["last"] = sorted({min(most, max(2, round(n * most / candidates))) for n in method["last"]})
-    return method | sizes
+        made["last"] = sorted({min(most, max(2, round(n * most / candidates))) for n in method["last"]})
+    return made

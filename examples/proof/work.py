@@ -1,6 +1,7 @@
 """The work on one seed of a task: what methods start from, the methods, and their test losses."""
 
 import json
+import math
 from abc import ABC, abstractmethod
 from functools import partial
 from itertools import chain
@@ -181,11 +182,21 @@ def read_settings(path: Path, size: str) -> Settings:
         raise ConfigError(f"{path.parent.name} has no size {size}; it has {sizes}. --task leaves it out")
     settings |= config | smaller.get(size, {})
     for method in chain.from_iterable(settings.get(key, {}).values() for key in ("methods", "head", "tail")):
-        if method.get("optimizer", "sharpness-aware") not in OPTIMIZERS:
+        if method.get("optimizer") not in (None, *OPTIMIZERS):
             raise ConfigError(f"optimizer: {method['optimizer']} is unknown; it is one of {', '.join(OPTIMIZERS)}")
         if "recipe" in method:
             method["settings"] = [*recipe_settings(method["recipe"]), *method.get("settings", [])]
     return settings
+
+
+def shrunk(method: Settings, settings: Settings) -> Settings:
+    """Return a method whose steps or epochs are divided by `shrink` of the settings of a smaller size, if any."""
+    shrink, lengths = settings.get("shrink", 1), {}
+    if "steps" in method:
+        lengths["steps"] = math.ceil(method["steps"] / shrink)
+    if "epochs" in method:
+        lengths["epochs"] = method["epochs"] / shrink
+    return method | lengths
 
 
 def recipe_settings(name: str) -> list[str]:

@@ -61,6 +61,8 @@ def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, ran: tuple
         assert actual, name
         if method["how"] in ("anneal", "decayed", "schedule") and "start" not in method:
             assert int(actual[1]) == method["steps"] and int(actual[2]) == settings.get("recalibrate_batches", 0), name
+        if method["how"] == "longer":
+            assert int(actual[1]) == method["steps"], name
     work = kind(out / f"{task}-tiny", 0, settings, source)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
     run_parts(work.parts(), work.rows)
@@ -72,8 +74,7 @@ def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, ran: tuple
 @pytest.mark.parametrize("sentences", [None, Path("none.tar.gz")])
 def test_missing_sentences_are_found_before_the_work(sentences: Path | None, tmp_path: Path) -> None:
     settings = Soup.read("tiny")
-    seeds = settings["seeds"]
-    comparisons = [Comparison("soup", Soup, tmp_path / "soup", settings, sentences, seeds, seeds)]
+    comparisons = [Comparison("soup", Soup, tmp_path / "soup", settings, sentences, settings["seeds"])]
     with pytest.raises(SystemExit, match=r"--sentences: .* is missing: `make proof` downloads it"):
         check(comparisons, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -121,7 +121,7 @@ class Images(TrunkWork):
 
     def cost(self, method: Settings, cost: Cost) -> Cost:
         if method["how"] == "schedule":  # its other steps take the place of steps of the trunk
-            return Cost(method["steps"], cost.evaluations, cost.seconds * method["steps"] / cost.steps)
+            return cost.of(method["steps"])
         if method.get("longer"):
             cost += Cost(**self.rows[f"tail-{method['tail']}"]["longer"])
         return super().cost(method, cost)

@@ -1,6 +1,5 @@
 """Soups of fine-tunings of one seed, and the elimination test: the same without the best fine-tunings."""
 
-import math
 import shutil
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from examples.proof.averages import attached, exported, greedy
 from examples.proof.cost import Cost, measured
 from examples.proof.parts import Part, Row, slug
 from examples.proof.soup.halves import joined, spread, write_halves
-from examples.proof.work import Settings, Work, read_settings
+from examples.proof.work import Settings, Work, read_settings, shrunk
 from examples.soup.finetune import finetune
 from examples.soup.model_and_data import unpack_model, write_splits
 from twa_scale.config import RunConfig, load_config
@@ -52,7 +51,7 @@ class Soup(Work):
             made = {name: one for name, one in methods.items() if number == pools[0] or not one.get("first_pool")}
             names = {name: f"{name}, {pool_name(number)}" for name in made}
             settings["methods"] |= {
-                names[name]: resized(one, settings) | {"without": number} for name, one in made.items()
+                names[name]: shrunk(one, settings) | {"without": number} for name, one in made.items()
             }
             of_pool = [pair for pair in claims if all(name in made for name in pair if name in methods)]
             settings["claims"] += [[names[name] for name in pair] for pair in of_pool]
@@ -143,7 +142,7 @@ class Soup(Work):
     def cost(self, method: Settings, cost: Cost) -> Cost:
         """Add the evaluations of single fine-tunings to the methods that choose by them. They are made once."""
         if method["how"] == "longer":  # only its `extra` steps count
-            cost = Cost(method["steps"], 0, cost.seconds * method["steps"] / cost.steps)
+            cost = cost.of(method["steps"])
         if method["how"] in ("best", "greedy", "longer"):
             evaluations = (Cost(**self.rows[name]["evaluation"]) for name in self.pool(method["without"]))
             cost = sum(evaluations, cost)
@@ -210,14 +209,6 @@ class Soup(Work):
 
     def _fine_tuning(self, name: str) -> Path:
         return self.directory / "fine-tunings" / name
-
-
-def resized(method: Settings, settings: Settings) -> Settings:
-    """Return a method of a smaller size, whose steps or epochs are divided by `shrink` of the settings, if any."""
-    shrink = settings.get("shrink", 1)
-    if "steps" in method:
-        return method | {"steps": math.ceil(method["steps"] / shrink)}
-    return method | {"epochs": method["epochs"] / shrink} if "epochs" in method else method
 
 
 def pool_name(without: int) -> str:
