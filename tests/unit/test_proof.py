@@ -33,7 +33,7 @@ from examples.proof.packages import members
 from examples.proof.page import PAGE, updated
 from examples.proof.parts import Part, Row, Rows, check_rows, run_parts, slug
 from examples.proof.significance import difference
-from examples.proof.soup.halves import joined, spread, write_halves
+from examples.proof.soup.sentences import joined, spread, write_halves
 from examples.proof.soup.task import Soup
 from examples.proof.stored_rows import keep, kept_rows
 from examples.proof.table import tables

@@ -11,7 +11,7 @@ from torch import nn
 from examples.proof.averages import attached, exported, greedy
 from examples.proof.cost import Cost, measured
 from examples.proof.parts import Part, Row, slug
-from examples.proof.soup.halves import joined, spread, write_halves
+from examples.proof.soup.sentences import joined, spread, write_halves
 from examples.proof.work import Settings, Work, read_settings, shrunk
 from examples.soup.finetune import finetune
 from examples.soup.model_and_data import unpack_model, write_splits

@@ -1,6 +1,7 @@
-"""The validation sentences in two halves: one to choose and to train coefficients by, one to judge settings by.
+"""Files with parts of the sentences.
 
-Trials also train by other parts of them.
+One half of the validation sentences is to choose and to train coefficients by, the other one to judge settings by.
+Trials also train by other parts.
 """
 
 import csv
