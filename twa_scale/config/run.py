@@ -110,7 +110,7 @@ class RunConfig(TwaConfig):
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "RunConfig":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of `steps` and `epochs`")
+            raise ValueError("give exactly one of `steps` and `epochs`; leave the other one out, or set it to null")
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,7 @@ def spread(path: Path, number: int) -> str:
     """Return records of a CSV file at equal distances as one file: the sentences are sorted by their labels."""
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
+    number = min(number, len(rows))
     written = StringIO(newline="")
     csv.writer(written).writerows([header, *(rows[i * len(rows) // number] for i in range(number))])
     return written.getvalue()
