@@ -152,7 +152,8 @@ class Pool:
                     workers[rank].process.join()
                     code = workers[rank].process.exitcode
                     self._kill()
-                    raise RanksHang(f"rank {rank} died with exit code {code}") from None
+                    message = f"rank {rank} died with exit code {code}\n{_stack_of(rank, workers[rank])}"
+                    raise RanksHang(message) from None
                 if outcomes[rank].error is not None:
                     deadline = min(deadline, time.monotonic() + GRACE)
         return [outcomes[rank] for rank in range(len(workers))]
@@ -195,6 +196,7 @@ def _work(pipe: Connection, stack: str) -> None:
     torch.set_num_threads(1)
     train_fsdp2_on_cpus()
     with Path(stack).open("w") as file:
+        faulthandler.enable(file)  # a crash leaves its stack, too
         while True:
             try:
                 call, rank, size, store, timeout = pipe.recv()

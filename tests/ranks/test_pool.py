@@ -1,6 +1,7 @@
 """The pool returns results by rank, and errors unchanged. No test hangs."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -59,6 +60,16 @@ def test_hanging_rank_is_killed_and_the_pool_remains_usable(ranks: Pool) -> None
     with pytest.raises(RanksHang, match="never_meet"):
         ranks(never_meet, 2, timeout=1.0)
     assert len(ranks(total, 2, value=1.0)) == 2
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_the_stack_of_a_rank_that_crashed_is_reported(ranks: Pool) -> None:
+    with pytest.raises(RanksHang, match=r"(?s)exit code -11.*Segmentation fault.*in crash"):
+        ranks(crash, 1)
+    assert len(ranks(total, 1, value=1.0)) == 1
 
 
 def test_dead_rank_is_reported(ranks: Pool) -> None:
