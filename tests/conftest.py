@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.old_torch import why_not
 from tests.pool import Pool
@@ -14,6 +15,8 @@ from tests.pool import Pool
 pytest.register_assert_rewrite("tests.chaos.interrupted_work")  # assertions of these modules show values
 torch.set_num_threads(1)  # for tensors of this size more threads only take time
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in processes that tests start, because idle threads spin
+settings.register_profile("no-deadline", deadline=None)  # the time of one example says little on a shared machine
+settings.load_profile("no-deadline")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

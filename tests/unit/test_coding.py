@@ -59,7 +59,6 @@ class TestCoding:
         assert coding.levels[0] == (first,)
         assert sorted(i for level in coding.levels for i in level) == list(range(5))
 
-    @settings(deadline=None)
     @given(st.lists(st.floats(-1, 1), min_size=1, max_size=9), st.integers(0, 99))
     def test_row_weights_and_products_are_adjoint(self, b: list[float], seed: int) -> None:
         """<sum_i u_i delta_i, g> is the same from rows and from deltas, also for several groups."""
@@ -101,7 +100,7 @@ class TestErrors:
 
 
 @each_bits
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(m=st.integers(1, 3000), start=st.integers(0, 500), n=st.integers(2, 5), seed=st.integers(0, 99))
 def test_kernels_agree(bits: int, m: int, start: int, n: int, seed: int) -> None:
     """Rounding of ties depends on the order of sums, and affects the following rows."""
@@ -114,7 +113,7 @@ def test_kernels_agree(bits: int, m: int, start: int, n: int, seed: int) -> None
 
 @each_bits
 @each_kernels
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data(), m=st.integers(0, 1500), start=st.integers(0, 700))
 def test_rows_do_not_depend_on_chunks_and_splits(
     kernels: Kernels, bits: int, data: st.DataObject, m: int, start: int

@@ -67,7 +67,7 @@ def check_segments(kernels: Kernels, rows: Rows, segments: Segments, dtypes: Seq
     rest_slow(product(KERNELS, KINDS), lambda kernels, kind: (kernels.name, kind) != ("numba", "packed2")),  # compiles
     ids=lambda value: getattr(value, "name", value),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     data=st.data(),
     n=st.one_of(st.integers(1, 9), st.sampled_from([16, 17, 40])),

@@ -97,7 +97,7 @@ def check(kernels: Kernels, rows: Rows, gradient: Tensor, weights: Tensor, base:
 
 @kernels_and_kinds
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n=st.integers(1, 9), m=LENGTHS, start=st.integers(0, 300), seed=st.integers(0, 99), magnitude=st.integers(-12, 6)
 )

@@ -97,7 +97,7 @@ def test_equals_the_dense_sum_on_any_number_of_ranks(ranks: Pool, tmp_path: Path
         assert max(shares) < 1.3 * sum(shares) / size
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(data=st.data())
 def test_equal_elements_keep_their_bits(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))

@@ -49,7 +49,7 @@ def check(one: Store, other: Store, span: Span, n: int, with_center: bool, dtype
 
 
 @each_store
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     data=st.data(),
     n=st.integers(1, 6),

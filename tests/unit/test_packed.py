@@ -82,7 +82,7 @@ def test_rows_keep_their_direction(kernels: Kernels, bits: int, kind: str) -> No
 
 
 @each_bits
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(m=st.integers(1, 3000), start=st.integers(0, 500), exponent=st.integers(-20, 15), seed=st.integers(0, 99))
 def test_kernels_agree(bits: int, m: int, start: int, exponent: int, seed: int) -> None:
     """The rounding of ties depends on the order of sums. It differs rarely, and by one step."""
@@ -94,7 +94,7 @@ def test_kernels_agree(bits: int, m: int, start: int, exponent: int, seed: int) 
 
 
 @each_kernels
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(m=st.integers(1, 2500), start=st.integers(0, 200), seed=st.integers(0, 99))
 def test_error_of_8_bits_is_half_a_step(kernels: Kernels, m: int, start: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -171,7 +171,7 @@ def contents(store: Store, span: Span, n: int) -> Tensor:
 
 
 @each_bits
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), m=st.integers(0, 1500), start=st.integers(0, 700))
 def test_rows_do_not_depend_on_chunks(bits: int, data: st.DataObject, m: int, start: int) -> None:
     torch.manual_seed(m)

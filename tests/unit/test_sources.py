@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -151,7 +151,6 @@ def test_directory_of_a_candidate(tmp_path: Path) -> None:
     assert [candidate.directory for candidate in open_candidates(spec)] == [path, path, None]
 
 
-@settings(deadline=None)  # of a shared machine
 @given(st.data())
 def test_slices_of_any_layout(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
@@ -166,7 +165,6 @@ def test_slices_of_any_layout(data: st.DataObject) -> None:
     assert torch.equal(out, tensor.reshape(-1)[start:stop])
 
 
-@settings(deadline=None)  # of a shared machine
 @given(st.data())
 def test_checksums_add_up_over_any_split(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))

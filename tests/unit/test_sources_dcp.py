@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -59,7 +59,6 @@ def assert_holds(path: Path, expected: Tensors) -> None:
 # Boxes
 
 
-@settings(deadline=None)  # of a shared machine
 @given(st.data())
 def test_boxes_of_any_shape(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=4)))
@@ -256,7 +255,6 @@ def grid(shape: tuple[int, ...], cuts: list[list[int]]) -> list[Box]:
     return [Box(tuple(a for a, _ in cell), tuple(b - a for a, b in cell), (0,)) for cell in itertools.product(*spans)]
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_boxes_must_cover_each_element_once(data: st.DataObject) -> None:
     """Compared with counting the elements. Moved and repeated boxes often have the right total number of elements."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.slices import opened, read, refused
@@ -37,7 +37,6 @@ PLAIN = st.recursive(
 )
 
 
-@settings(deadline=None)  # of a shared machine
 @given(PLAIN, st.integers(3, 5))
 def test_plain_data_equal_the_pickled_ones(value: object, protocol: int) -> None:
     assert repr(SafeUnpickler(pickle.dumps(value, protocol)).load()) == repr(value)
@@ -48,7 +47,6 @@ def test_sets_equal_the_pickled_ones() -> None:
         assert SafeUnpickler(pickle.dumps([{1, "a"}, OrderedDict(x={2})], protocol)).load() == [{1, "a"}, {"x": {2}}]
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_damage_never_raises_anything_else(data: st.DataObject) -> None:
     value = OrderedDict(a=[1, 2.5, "x"], b=torch.Size([3, 4]), c={"d": (torch.float32, {1}), 2: b"y" * 300})
@@ -229,7 +227,6 @@ def test_every_protocol_of_torch_save(tmp_path: Path, protocol: int) -> None:
 # Checksums
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_crc_of_pieces_in_any_order(data: st.DataObject) -> None:
     raw = data.draw(st.binary(min_size=1, max_size=200))

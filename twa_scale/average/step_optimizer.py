@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from twa_scale.average.gradients import clipping
 from twa_scale.average.in_trainer import saved_by_callback
 from twa_scale.average.optimizer import load_compatible_state, load_optimizer
 from twa_scale.average.rows import RowCorrections
@@ -109,13 +110,12 @@ class AverageOptimizer(torch.optim.Optimizer):
             scaler.unscale_(self.inner)
         finite = bool(torch.isfinite(gradient).all())
         rows = self._rows if finite else None
-        if max_norm is not None and rows is None:
-            torch.nn.utils.clip_grad_norm_([x], max_norm)
-        elif max_norm is not None and rows is not None:
-            norm = math.sqrt(float(gradient.square().sum()) + rows.squared_norm())
-            factor = min(1.0, max_norm / (norm + 1e-6))
+        if max_norm is not None and finite:
+            squares = float(gradient.square().sum()) + (rows.squared_norm() if rows else 0.0)
+            factor = clipping(math.sqrt(squares), max_norm)
             gradient *= factor
-            rows.scale(factor)
+            if rows:
+                rows.scale(factor)
         if scaler:
             scaler.step(self.inner)
         else:
