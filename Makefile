@@ -25,7 +25,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Hundreds of processes that the tests start would each compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart soup scale-run results proof proof-trials proof-small test test-slow test-all test-chaos gpu-wheels test-gpu check docs release clean
+.PHONY: help setup quickstart soup scale-run results proof proof-trials proof-oracle proof-small test test-slow test-all test-chaos gpu-wheels test-gpu check docs release clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -62,6 +62,9 @@ proof: setup $(PACKAGES) $(SENTENCES) ## Compare TWA with other methods at equal
 
 proof-trials: setup $(PACKAGES) $(SENTENCES) ## Compare settings of the recipes on development seeds: hours. TASK=name SEEDS="100".
 	OMP_NUM_THREADS=1 $(PROOF) --size trials $(if $(SEEDS),--seeds $(SEEDS)) --page
+
+proof-oracle: setup $(PACKAGES) ## Train coefficients on the validation data that judges them, on a development seed: an hour.
+	OMP_NUM_THREADS=1 $(PROOF) --size oracle $(if $(TASK),,--task language images vit detection) --page
 
 proof-small: setup $(PACKAGES) $(SENTENCES) ## The same at a small size, in minutes, for one development seed: losses on the validation split.
 	$(PROOF) --size small --out runs/proof-small --seeds 100

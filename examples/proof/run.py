@@ -30,8 +30,8 @@ TASKS = {
     "soup": "Soup",
     "adapters": "Adapters",
 }
-# The sizes whose tables the page has.
-ON_PAGE = ("full", "trials")
+# The sizes whose tables the page has. Only the first has final seeds.
+ON_PAGE = ("full", "trials", "oracle")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def main() -> None:
         "--size",
         choices=[*ON_PAGE, "large", "small", "tiny"],
         default="full",
-        help="trials: settings of recipes, on other seeds; large: of models, for a GPU (language and images)",
+        help="trials: settings of recipes, on other seeds; oracle: the best coefficients for the validation data; "
+        "large: of models, for a GPU (language and images)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the models")
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
@@ -156,9 +157,9 @@ def wrong_seeds(one: Comparison, arguments: argparse.Namespace) -> str | None:
             f"--page: {one.name}: {PAGE.name} has the seeds {known}, not {numbers(one.others)}; give some of these, or "
             "leave --page out"
         )
-    if arguments.size == "trials" and (final := [seed for seed in one.others if seed in one.final]):
+    if arguments.size in ON_PAGE[1:] and (final := [seed for seed in one.others if seed in one.final]):
         return (
-            f"{one.name}: no settings are chosen by the final seeds {numbers(final)}; the trials have the seeds {known}"
+            f"{one.name}: the final seeds {numbers(final)} are for the final methods alone; give some of the seeds {known}"
         )
     return None
 

@@ -16,12 +16,10 @@ from twa_scale.errors import ConfigError
     [
         ("--size small --page", "--page: proof.md has no tables of --size small --device cpu"),
         ("--size tiny --page", "--page: proof.md has no tables of --size tiny --device cpu"),
-        ("--size large --task vit", "vit has no size large; it has full, trials, small, tiny. --task"),
+        ("--size large --task vit", "vit has no size large; it has full, trials, oracle, small, tiny. --task"),
         ("--page --seeds 0 100", "--page: language: proof.md has the seeds 0, 1, 2, 3, 4, not 100; give some of these"),
-        (
-            "--size trials --seeds 0",
-            "language-trials: no settings are chosen by the final seeds 0; the trials have",
-        ),
+        ("--size trials --seeds 0", "language-trials: the final seeds 0 are for the final methods alone; give some of"),
+        ("--size oracle --seeds 1", "language-oracle: the final seeds 1 are for the final methods alone; give some of"),
         ("--size trials --page --seeds 7", "--page: language-trials: proof.md has the seeds 100, 101, 102, not 7"),
     ],
 )

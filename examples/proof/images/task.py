@@ -60,8 +60,9 @@ class Images(TrunkWork):
         for rate in rates:
             names, before = [tail_name(name, rate) for name in tail], ["trunk", "three-quarters", f"tail-{rate}"]
             settings["tables"].append({"reference": tail_name("SWA", rate), "methods": names, "before": before})
-        over_rates = {name: [tail_name(name, rate) for rate in rates] for name in tail}
-        settings["spreads"] = {"reference": "SWA", "methods": over_rates}
+        if len(rates) > 1:
+            over_rates = {name: [tail_name(name, rate) for rate in rates] for name in tail}
+            settings["spreads"] = {"reference": "SWA", "methods": over_rates}
         return settings
 
     def check_inputs(self) -> None:
