@@ -158,9 +158,7 @@ def wrong_seeds(one: Comparison, arguments: argparse.Namespace) -> str | None:
             "leave --page out"
         )
     if arguments.size in ON_PAGE[1:] and (final := [seed for seed in one.others if seed in one.final]):
-        return (
-            f"{one.name}: the final seeds {numbers(final)} are for the final methods alone; give some of the seeds {known}"
-        )
+        return f"{one.name}: the final seeds {numbers(final)} are for the final methods alone; give some of {known}"
     return None
 
 
