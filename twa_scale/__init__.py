@@ -1,4 +1,4 @@
-"""Trainable weight averaging (TWA) of checkpoints of models that exist only sharded."""
+"""Trainable weight averaging (TWA) of the checkpoints of PyTorch models, sharded or not."""
 
 import sys
 from importlib import import_module

@@ -19,7 +19,7 @@ INTRODUCTION = """\
 `twa_scale.attach(config=...)` takes the keys of [TwaConfig](#twaconfig) as a dict. A file for
 `twa-scale run` has the same keys and those of [RunConfig](#runconfig), in YAML or JSON. Overrides with
 dots follow the file on the command line: `twa-scale run run.yaml optimizer.lr=3e-3`. An unknown key is an
-error, except in `optimizer` and `task`, which accept other keys.
+error. `optimizer` also takes the arguments of its class, and `task` the options of the task.
 """
 BOUNDS = {
     "minimum": "≥ {}",

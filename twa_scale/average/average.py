@@ -194,7 +194,17 @@ class TrainableAverage(Stateful):
     ) -> int:
         """Recompute the BatchNorm statistics of the current weights from `batches` of all ranks. Collective.
 
-        Returns the number of batches over all ranks. See `batchnorm.recalibrate` for the arguments.
+        All ranks stop when the first one has no batch left.
+
+        Args:
+            batches: tensors, dicts (passed by keyword), or sequences whose first item is the input.
+            forward: runs one batch; by default, `module(input)`.
+
+        Returns:
+            The number of batches over all ranks. If it is 0, the statistics are unchanged.
+
+        Raises:
+            Exception: an error of `batches`, on every rank.
         """
         engine = self._engine
         self.write_deferred()
@@ -215,8 +225,17 @@ class TrainableAverage(Stateful):
     ) -> None:
         """Write the live weights to the directory `path`, in the form of the candidates. Collective.
 
-        `format` is "hf" (safetensors), "pt" (torch.save), "dcp" (torch.distributed.checkpoint) or "same" (the format of
-        the last candidate, with the state of its training). See `export.export` for the other arguments and errors.
+        Args:
+            path: a directory that is new or empty.
+            dtype: of the floating point tensors; by default, the narrowest that holds the numbers of all candidates.
+            max_shard_size: bytes of a file, or text such as "5GB" or "512MiB".
+            format: "hf" (safetensors), "pt" (torch.save), "dcp" (torch.distributed.checkpoint) or "same" (the format of
+                the last candidate, with the state of its training).
+            overwrite: replaces an earlier output of twa_scale in `path`.
+            progress: called on every rank that writes, with the bytes just written and the total.
+
+        Raises:
+            OutputError: on every rank; `path` is unchanged.
         """
         self.write_deferred()
         self._same.require()

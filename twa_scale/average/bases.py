@@ -118,7 +118,7 @@ class LinearBasis(Basis):
 
 
 class Normalized(LinearBasis):
-    """Each delta divided by its norm (TWA v4): T = diag(1 / ||delta_i||)."""
+    """Each delta divided by its norm (TWA, journal version): T = diag(1 / ||delta_i||)."""
 
     norms_only = True
 

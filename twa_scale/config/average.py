@@ -25,7 +25,7 @@ class TwaConfig(Section):
     )
     basis: BasisName = Field(
         "normalized",
-        description="Directions that the coefficients multiply: `normalized` deltas (TWA v4), an `orthonormal` basis "
+        description="Directions that the coefficients multiply: `normalized` deltas (TWA, journal version), an `orthonormal` basis "
         "of the candidates (TWA, ICLR 2023), or leading `pca` directions (DLDR). `simplex` trains softmax weights of "
         "the candidates (learned soup).",
     )
