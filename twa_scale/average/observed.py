@@ -90,8 +90,8 @@ class Observed:
     def effective_candidates(self) -> float:
         """The number of candidates whose uniform mean reduces independent noise of the candidates as much.
 
-        It is n for the uniform mean, and 1 / sum_i a_i^2 for coefficients of sum 1. For several groups it is the harmonic
-        mean over elements.
+        It is n for the uniform mean, and 1 / sum_i a_i^2 for coefficients of sum 1. For several groups it is the
+        harmonic mean over elements.
         """
         return effective_candidates(self.coefficients, self.elements)
 
@@ -112,7 +112,7 @@ class Observed:
         return sqrt(float(self.pods.sum_(local)))
 
     def described(self) -> dict[str, float]:
-        """Return values to log: the effective number of candidates, and the mean coefficient of each over the elements."""
+        """Return values to log: the effective number of candidates, and each one's mean coefficient over the elements."""
         return described(self.coefficients, self.elements)
 
     @property

@@ -16,8 +16,8 @@ class Output:
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Dtype of the result: `float32`, `bfloat16`, `float16`. Default: the narrowest that holds all candidates; with "
-            "`--format same` the dtypes of the last candidate, and no others."
+            help="Dtype of the result: `float32`, `bfloat16`, `float16`. Default: the narrowest that holds all candidates; "
+            "with `--format same` the dtypes of the last candidate, and no others."
         ),
     ] = None
     format: Annotated[

@@ -25,9 +25,9 @@ class TwaConfig(Section):
     )
     basis: BasisName = Field(
         "normalized",
-        description="Directions that the coefficients multiply: `normalized` deltas (TWA, journal version), an `orthonormal` basis "
-        "of the candidates (TWA, ICLR 2023), or leading `pca` directions (DLDR). `simplex` trains softmax weights of "
-        "the candidates (learned soup).",
+        description="Directions that the coefficients multiply: `normalized` deltas (TWA, journal version), an "
+        "`orthonormal` basis of the candidates (TWA, ICLR 2023), or leading `pca` directions (DLDR). `simplex` trains "
+        "softmax weights of the candidates (learned soup).",
     )
     groups: Literal["global", "block", "tensor", "expert", "block+row", "tensor+row"] | list[str] = Field(
         "global",
