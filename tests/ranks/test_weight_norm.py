@@ -42,11 +42,17 @@ def require_equal(results: list[dict[str, Tensor]], engine: str, size: int, accu
 @pytest.mark.parametrize(
     ("engine", "size"),
     rest_slow(
-        [("plain", 1), *((engine, size) for engine in ENGINES for size in (1, 2, 3)), ("hsdp", 2), ("fsdp2-tp", 4)],
+        [
+            ("plain", 1),
+            *((engine, size) for engine in ENGINES for size in (1, 2, 3)),
+            ("hsdp", 2),
+            ("hsdp", 4),
+            ("fsdp2-tp", 4),
+        ],
         # The test below has the other engines.
         lambda engine, size: (
             (size == (3 if engine == "fsdp2" else 2) and engine not in ("ddp", "fsdp1", "zero1"))
-            or engine in ("plain", "fsdp2-tp")
+            or (engine, size) in (("plain", 1), ("hsdp", 4), ("fsdp2-tp", 4))
         ),
     ),
 )

@@ -385,4 +385,8 @@ def test_default_device_is_not_used() -> None:
         twa.step()
         twa.load_state_dict(twa.state_dict())
         coefficients = twa.coefficients
+        with twa.weights("last"):
+            last = {name: value.clone() for name, value in net.state_dict().items()}
     assert torch.equal(coefficients, expected)
+    for name, value in candidates()[-1].items():
+        torch.testing.assert_close(last[name], value)

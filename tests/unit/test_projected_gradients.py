@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,13 @@ def test_copies_and_pickles_are_zeros(linear: nn.Linear, projected: twa_scale.Tr
         assert type(copied) is Tensor and torch.equal(copied, zeros)
     changed = gradient.detach().add_(1)
     assert torch.equal(changed, zeros + 1) and not gradient.any()
+
+
+def test_other_libraries_get_zeros(linear: nn.Linear, projected: twa_scale.TrainableAverage) -> None:
+    for parameter in linear.parameters():
+        zeros = torch.zeros_like(parameter)
+        assert torch.equal(torch.from_dlpack(mark(parameter)), zeros)
+        assert torch.equal(torch.from_numpy(np.from_dlpack(mark(parameter))), zeros)
 
 
 def test_a_module_can_be_shared_before_a_step(linear: nn.Linear, projected: twa_scale.TrainableAverage) -> None:

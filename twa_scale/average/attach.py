@@ -1,10 +1,12 @@
 """Attach an average to a model: match tensors, load the candidates into the store, write the first weights."""
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -32,10 +34,11 @@ from twa_scale.engines.split_spans import SplitEngine
 from twa_scale.engines.stacked_experts import StackedExperts, stacked_experts
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Coding
-from twa_scale.ranks import Pods, Reduction, require_same_settings
+from twa_scale.ranks import Pods, Reduction, publish_failure, require_same_settings
 from twa_scale.store import Store, make_store
 
 Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
+_attached: WeakKeyDictionary[nn.Module, ref[TrainableAverage]] = WeakKeyDictionary()
 
 
 def attach(
@@ -64,8 +67,12 @@ def attach(
             replica group is all ranks.
         progress: called on every rank with the number of bytes just read and the total number of bytes to read.
 
+    After an error the model may hold a part of the average.
+
     Raises:
-        ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the error.
+        ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the error. An
+            EngineError about the model itself (parameters that share memory, an unsupported wrapper) is raised where it
+            is found; other ranks report it when they miss this rank.
     """
     return attach_at_least(2, model, candidates, config, replica_group=replica_group, progress=progress)
 
@@ -81,7 +88,9 @@ def attach_at_least(
     progress: Progress | None = None,
 ) -> TrainableAverage:
     """Attach as `attach`, with another minimum number of candidates. The average of one candidate is its weights."""
-    engine = choose_engine(model, replica_group)
+    with publish_failure():
+        engine = choose_engine(model, replica_group)
+    _collect_dropped(engine.module)
     pods = Pods(engine.shard_group, engine.replica_group)
     with pods.agree():
         require_materialized(engine)
@@ -114,9 +123,17 @@ def attach_at_least(
         parts = Parts(config, engine, pods, reduction, layout, store, opened, carried)
         average = assemble(parts, loaded, weights)
         undo.pop_all()
+    _attached[engine.module] = ref(average)
     if average.rounding is not None and pods.rank == 0:
         logging.getLogger("twa_scale").info("%s", average.rounding)
     return average
+
+
+def _collect_dropped(module: nn.Module) -> None:
+    """Collect an average of this model that the script has dropped without `close`: it would still take gradients."""
+    if (reference := _attached.get(module)) is not None and (average := reference()) is not None and not average.closed:
+        del average
+        gc.collect()
 
 
 def _candidates_and_config(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import finalize
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
 from twa_scale.base.notices import notice
+from twa_scale.base.weak import weak_method
 from twa_scale.candidates.conversion import conversions
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress
@@ -94,8 +96,11 @@ class TrainableAverage(Stateful):
         self._written.write_first()
         engine.forget()
         engine.keeps_gradients = clips
-        engine.watch(self._step.project)
+        # The hooks of the model do not keep the average: Python does not find cycles through hooks.
+        engine.watch(weak_method(self._step.project))
         self._weights.watch()
+        self._close_engine = finalize(self, engine.close)
+        self._close_engine.atexit = False
 
     @property
     def lost(self) -> str:
@@ -125,7 +130,7 @@ class TrainableAverage(Stateful):
         Raises:
             TwaError: the gradient or the new weights are not finite, there was no backward pass since the last step,
                 or the call is inside `weights`. Coefficients and weights are unchanged.
-            EngineError: gradients of a rank are incomplete; raised on every rank.
+            EngineError: gradients of a rank are incomplete; raised on every rank. The gradients are discarded.
         """
         self.optimizer.step(grad_scaler=scaler)  # runs the hooks of the optimizer, and schedulers count the step
         return self._moved
@@ -335,7 +340,7 @@ class TrainableAverage(Stateful):
                 self.write_deferred()
         finally:  # also when the weights cannot be written
             self.closed = True
-            self._engine.close()
+            self._close_engine()
             self._reduction.close()
             self._store.close()
             for candidate in self._candidates:

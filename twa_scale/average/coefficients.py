@@ -44,7 +44,7 @@ def _named(which: Which, n: int) -> torch.Tensor:
             if not isinstance(which, list):
                 which = center_weights(which, n, "weights")
         if not isinstance(which, torch.Tensor):  # float64, because the default dtype would round
-            return torch.as_tensor(which, dtype=torch.float64)
+            return torch.as_tensor(which, dtype=torch.float64, device="cpu")
         if which.is_meta or which.is_complex():
             raise TypeError
         return which.detach().to(torch.float64)

@@ -8,7 +8,7 @@ import torch
 from twa_scale.average.rows import RowCorrections
 from twa_scale.base.clock import Clock
 from twa_scale.base.spans import Span
-from twa_scale.errors import TwaError
+from twa_scale.errors import EngineError, TwaError
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.store import Store
 
@@ -56,7 +56,17 @@ class Gradients:
         """Whether this rank has received a gradient of a trained span since the last step."""
 
     def project(self, span: Span, gradient: torch.Tensor, *, in_step: bool) -> None:
-        """Add the products of the gradient of one span, 1-D. The gradient can be freed afterwards."""
+        """Add the products of the gradient of one span, 1-D. The gradient can be freed afterwards.
+
+        Raises:
+            EngineError: the gradient has another length than the span.
+        """
+        if gradient.shape != (len(span),):
+            raise EngineError(
+                f"the gradient of {span.name!r} has the shape {tuple(gradient.shape)}, but this rank holds {len(span)} "
+                "elements of the parameter: an engine of your own passes on 1-D gradients of the length of the span, "
+                "and a parameter must not get another shape after attach."
+            )
         group = self._groups.get(span)
         self.received |= group is not None
         if not len(span):

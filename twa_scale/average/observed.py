@@ -112,7 +112,7 @@ class Observed:
         return sqrt(float(self.pods.sum_(local)))
 
     def described(self) -> dict[str, float]:
-        """Return values to log: the effective number of candidates, and each one's mean coefficient over the elements."""
+        """Return values to log: the effective number of candidates, and the mean coefficients of each."""
         return described(self.coefficients, self.elements)
 
     @property

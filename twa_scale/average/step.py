@@ -142,7 +142,7 @@ class CoefficientStep:
             try:
                 self._gradients.require_no_fault(self._pods)
             finally:
-                self._gradients.clear()
+                self.clear()  # also what the engine holds, which the next step would take for all of a gradient
         if engine_scale := self._engine.loss_scale:
             products /= engine_scale.value()
             engine_scale.update(overflow=not finite)

@@ -13,6 +13,7 @@ from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.engines.deferred_weights import Combine, DeferredWeights
+from twa_scale.engines.parameters import was_replaced
 from twa_scale.errors import EngineError
 from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
@@ -147,6 +148,9 @@ class Weights:
             EngineError: a parameter was replaced by another one.
         """
         current = self._engine.changed(self._names)
+        for span in self._groups:
+            if len(self._engine.live(span)) != len(span):
+                raise was_replaced(span.name)
         for name, before in self._written.items():
             if current.get(name, before) != before:
                 return (

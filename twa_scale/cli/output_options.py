@@ -16,7 +16,7 @@ class Output:
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Dtype of the result: `float32`, `bfloat16`, `float16`. Default: the narrowest that holds all candidates; "
+            help="Dtype of the result: `float32`, `bfloat16`, `float16`. Default: the narrowest for all candidates; "
             "with `--format same` the dtypes of the last candidate, and no others."
         ),
     ] = None

@@ -94,13 +94,13 @@ class DDPEngine(Engine):
             EngineError: gradients of a backward pass under `no_sync()` are not averaged yet.
         """
         assert self._consume is not None
-        self._ignored.consume(self._consume, averaged=False)  # collective, so before code that can fail on one rank
+        self._ignored.consume(self._consume, [self.shard_group])  # collective, so before code that can fail on one rank
         if self._unreduced:
             raise EngineError(
                 "DistributedDataParallel keeps gradients that it has not averaged: leave no_sync() before a step's "
                 "last backward pass."
             )
-        self._averaged.consume(self._consume, averaged=True)
+        self._averaged.consume(self._consume, [])
 
     def forget(self) -> None:
         """Drop the pending gradients."""

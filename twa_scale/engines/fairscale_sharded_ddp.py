@@ -146,7 +146,7 @@ class ShardedDDPEngine(Engine):
                         "ShardedDataParallel holds gradients that it has not reduced; leave no_sync() before the last "
                         "backward pass of a step."
                     )
-        self._rest.consume(self._consume, averaged=False)
+        self._rest.consume(self._consume, [self.shard_group])
 
     def forget(self) -> None:
         """Drop the gradients, reduced or not."""

@@ -156,7 +156,8 @@ class FlatEngine(Engine):
             EngineError: gradients are not reduced yet.
         """
         assert self._consume is not None
-        self._rest.consume(self._consume, averaged=False)  # collective, so before code that can fail on one rank
+        # Collective, so before code that can fail on one rank.
+        self._rest.consume(self._consume, self.averaging_groups())
         gradients = {unit: unit.gradient() for unit in self._units}
         for name, member in self._members.items():
             gradient = gradients[member.unit]

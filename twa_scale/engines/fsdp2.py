@@ -188,20 +188,25 @@ class FSDP2Engine(Engine):
                 ]
 
     def _take_and_mark(self, parameter: DTensor, name: str) -> None:
-        self._take(parameter, name)
+        self._pass_on(name, self._placed(parameter))
         self._projected.add(name, parameter)
 
     def _offloaded(self, name: str) -> bool:
         """Whether FSDP2 copies this gradient to the CPU. The copy may not have ended when a hook runs."""
         return self._local[name].device.type != self._sharded[name].device_mesh.device_type
 
-    def _take(self, parameter: DTensor, name: str) -> None:
+    def _placed(self, parameter: DTensor) -> DTensor:
+        """Return the gradient with the placements of the parameter. Without FSDP2 it may hold partial sums."""
         gradient = parameter.grad
         if gradient is None or self._projected.is_mark(gradient):
             raise EngineError(GRADIENT_TAKEN)
-        assert self._consume is not None and isinstance(gradient, DTensor)
-        if gradient.placements != parameter.placements:  # without FSDP2, the gradient may hold partial sums
+        assert isinstance(gradient, DTensor)
+        if gradient.placements != parameter.placements:
             gradient = gradient.redistribute(placements=parameter.placements)
+        return gradient
+
+    def _pass_on(self, name: str, gradient: DTensor) -> None:
+        assert self._consume is not None
         span, start, stop = self._owned[name]
         self._consume(span, gradient.to_local().reshape(-1)[start:stop])
 
@@ -219,7 +224,7 @@ class FSDP2Engine(Engine):
         ]
 
     def drain(self) -> None:
-        """Average and pass on the gradients of ignored parameters. The hooks have passed on all others.
+        """Average and pass on the gradients of ignored parameters. The hooks have passed on most of the others.
 
         Raises:
             EngineError: FSDP2 still holds unreduced gradients.
@@ -227,17 +232,18 @@ class FSDP2Engine(Engine):
         assert self._consume is not None
         # Collective, so before code that can fail on one rank. Without FSDP2 every rank computes the same gradient of
         # these parameters.
-        self._unsharded.consume(self._consume, averaged=not self._wrapped)
+        self._unsharded.consume(self._consume, self.averaging_groups() if self._wrapped else [])
         if next(self._unreduced(), None) is not None:
             raise EngineError(
                 "FSDP2 holds gradients that it has not reduced; call set_requires_gradient_sync(True), and "
                 "set_requires_all_reduce(True) with HSDP, before the last backward pass of a step."
             )
         self._projected.finish()
-        for name, parameter in self._sharded.items():
-            if parameter.grad is not None:
-                self._take(parameter, name)
-                parameter.grad = None
+        left = {name: p for name, p in self._sharded.items() if p.grad is not None}
+        gradients = {name: self._placed(parameter) for name, parameter in left.items()}  # collective
+        for name, parameter in left.items():
+            self._pass_on(name, gradients[name])
+            parameter.grad = None
 
     def forget(self) -> None:
         """Drop the pending gradients, including those that FSDP2 has not reduced."""

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from twa_scale.base.notices import notice
+from twa_scale.base.weak import weak_method
 from twa_scale.engines.dtensor_spans import like_parameter
 from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
@@ -56,11 +57,14 @@ class ProjectedGradient(torch.Tensor):
         if written and all(isinstance(value, cls) for value in written) and operation.namespace == "aten":
             return args[0] if operation._schema.returns else None
 
+        # One element in place of all, so that a norm over a model needs no memory. Operations that write to an argument
+        # need all, and those of other libraries: collectives write, and their schemas do not say so.
+        one_element = operation.namespace == "aten" and not any(aliases)
+
         def as_zeros(value: Any) -> Any:
             if not isinstance(value, cls):
                 return value
-            # One element in place of all, so that a norm over a model needs no memory; others may write to the zeros.
-            shape = value.shape if any(aliases) else ()
+            shape = () if one_element else value.shape
             return torch.zeros(shape, dtype=value.dtype, device=value.device).expand(value.shape)
 
         return operation(*tree_map(as_zeros, args), **tree_map(as_zeros, kwargs or {}))
@@ -68,6 +72,10 @@ class ProjectedGradient(torch.Tensor):
     def __iadd__(self, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override, misc]
         """Return `gradient`: FSDP2 adds the gradients of several backward passes with this operator."""
         return gradient if isinstance(gradient, torch.Tensor) else self.add_(gradient)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Return zeros for other libraries, which would read the memory."""
+        return self.clone().__dlpack__(**options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Return zeros."""
@@ -94,6 +102,7 @@ class ProjectedGradients:
     def __init__(self, *, warns: bool) -> None:
         require("torch", torch._C, ["_current_graph_task_id", "_disabled_torch_function_impl"])
         self._warns = warns
+        self._on_use = weak_method(self._warn)  # Python does not find cycles through the views of marks in DTensors
         self._marks: dict[str, torch.Tensor] = {}  # by name of the parameter; they are used again in the next step
         self._marked: dict[str, torch.Tensor] = {}  # the parameters whose gradient is a mark now
         self._lost: str | None = None
@@ -120,7 +129,7 @@ class ProjectedGradients:
             self._lost = self._lost or name
         if gradient is mark:  # FSDP2 has replaced its local part by the next gradient
             assert isinstance(mark, DTensor)
-            mark._local_tensor = ProjectedGradient(mark._local_tensor, mark.dtype, self._warn)
+            mark._local_tensor = ProjectedGradient(mark._local_tensor, mark.dtype, self._on_use)
         elif mark is None or (mark.dtype, mark.device) != (gradient.dtype, gradient.device):
             mark = self._marks[name] = self._mark(parameter, gradient.dtype)
         parameter.grad = mark
@@ -157,10 +166,10 @@ class ProjectedGradients:
 
     def _mark(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not isinstance(parameter, DTensor):
-            return ProjectedGradient(parameter, dtype, self._warn)
+            return ProjectedGradient(parameter, dtype, self._on_use)
         require("torch", parameter, ["_local_tensor"])
         with torch.no_grad():
-            return like_parameter(parameter, ProjectedGradient(parameter.to_local(), dtype, self._warn))
+            return like_parameter(parameter, ProjectedGradient(parameter.to_local(), dtype, self._on_use))
 
     def _warn(self) -> None:
         if self._warns:

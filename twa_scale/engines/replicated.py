@@ -67,16 +67,22 @@ class ReplicatedParameters:
         """Return address and version of the memory of those `names` that are held here."""
         return {name: memory_version(self._parameters[name]) for name in names if name in self._parameters}
 
-    def consume(self, consume: Consume, *, averaged: bool) -> None:
-        """Pass on this rank's part of every gradient and free it; average over the group first unless `averaged`."""
+    def consume(self, consume: Consume, average_over: Collection[Group]) -> None:
+        """Pass on this rank's part of every gradient and free it. Collective in `average_over`.
+
+        Args:
+            consume: takes the parts.
+            average_over: the gradients are averaged over these groups first.
+        """
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue
             gradient = None if parameter.grad is None else flat_gradient(parameter.grad)
-            if not averaged:
+            if average_over:
                 missing = gradient is None
                 gradient = torch.zeros_like(parameter).reshape(-1) if gradient is None else gradient
-                self._group.sum_(gradient).div_(self._group.size)
+                for group in average_over:
+                    group.sum_(gradient).div_(group.size)
                 if missing and not gradient.any():  # no rank had a gradient
                     continue
             if gradient is not None:

@@ -106,7 +106,8 @@ class Zero12Engine(ZeroEngine):
             EngineError: there was no backward pass, or there were more than DeepSpeed accumulates.
         """
         assert self._consume is not None
-        self._replicated.consume(self._consume, averaged=False)  # collective, so before code that can fail on one rank
+        # Collective, so before code that can fail on one rank.
+        self._replicated.consume(self._consume, [self.shard_group])
         optimizer = self._optimizer
         passes = optimizer.micro_step_id - _NO_MICRO_STEP
         declared = self._engine.gradient_accumulation_steps()
