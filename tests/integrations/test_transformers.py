@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import twa_scale
 from tests.integrations.examples import run_example
+from tests.integrations.small import same
 from tests.integrations.train_transformers import (
     DECAY,
     HALF,
@@ -256,13 +257,24 @@ class OneShotTexts(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
 
 
 @pytest.mark.slow
-def test_learning_from_data_that_is_read_only_once_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dispatch", "message"), [(False, "yields no more batches"), (True, "ValueError: Batch does not contain any data")]
+)
+def test_learning_from_data_that_is_read_only_once_ends_with_the_running_average(
+    tmp_path: Path, dispatch: bool, message: str
+) -> None:
     callback = TwaCallback(window={"every": 1, "keep": 2}, learn=LEARN, learn_steps=2, save=False)
-    own = {"dispatch_batches": False}  # otherwise Accelerate refuses an epoch without batches
-    trainer = trainer_with(tmp_path, callback, save_strategy="no", accelerator_config=own)
+    accelerator = {"dispatch_batches": dispatch}  # with it, the error is that of Accelerate
+    trainer = trainer_with(tmp_path, callback, save_strategy="no", accelerator_config=accelerator)
     trainer.train_dataset = OneShotTexts()
-    with pytest.raises(TwaError, match="yields no more batches"):
+    with pytest.warns(TwaWarning, match=f"not trained. .*{message}(.|\n)*is written is 'mean'"):
         trainer.train()
+    assert callback.averages is not None
+    trained = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with callback.averages.weights("mean"):
+        trainer.save_model(str(tmp_path / "mean"))
+    assert same(load_file(tmp_path / "average/model.safetensors"), load_file(tmp_path / "mean/model.safetensors"))
+    assert same(trained, trainer.model.state_dict())
 
 
 @pytest.mark.slow

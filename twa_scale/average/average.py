@@ -37,6 +37,7 @@ from twa_scale.candidates.read_ahead import Progress
 from twa_scale.candidates.rounding import Rounding
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.output.options import OutputOptions
+from twa_scale.output.provenance import provenance
 from twa_scale.ranks import require_same_settings
 
 
@@ -244,8 +245,11 @@ class TrainableAverage(Stateful):
         """
         self.write_deferred()
         self._same.require()
-        change = self._weights.change()
+        change, is_exported = self._weights.change()
         written_as = None if dtype is None else str(dtype).removeprefix("torch.")
+        origin = self.origin(dtype=written_as)
+        if any(self.pods.gather(is_exported)):  # the coefficients do not describe these weights
+            origin = provenance("those of a model that other code has changed since an average wrote them", ())
         export(
             self._engine,
             self.pods,
@@ -254,7 +258,7 @@ class TrainableAverage(Stateful):
             self._carried,
             path,
             OutputOptions(dtype=dtype, max_shard_size=max_shard_size, form=format, overwrite=overwrite),
-            self.origin(dtype=written_as),
+            origin,
             progress,
         )
         if change:

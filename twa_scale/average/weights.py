@@ -132,14 +132,17 @@ class Weights:
                 "weights() to swap weights; continue a run with load_state_dict() of its average."
             )
 
-    def change(self) -> str | None:
-        """Return text about a parameter that other code has changed since `write` on this rank, for an export."""
+    def change(self) -> tuple[str | None, bool]:
+        """Return text about a parameter that other code has changed since `write` on this rank, for an export.
+
+        Also return whether the export has the change.
+        """
         try:
             self._samples.compare(wait=True)
             change = self._written_by_others() or self._changed_samples()
         except EngineError as error:
-            return f"{error} The export has the weights that the average wrote."
-        return change and f"{change} The export has the weights as they are now."
+            return f"{error} The export has the weights that the average wrote.", False
+        return change and f"{change} The export has the weights as they are now, without coefficients.", bool(change)
 
     def _written_by_others(self) -> str | None:
         """Return text about a parameter that other code has written since `write`, if there is one.
@@ -148,11 +151,10 @@ class Weights:
             EngineError: a parameter was replaced by another one.
         """
         current = self._engine.changed(self._names)
-        for span in self._groups:
-            if len(self._engine.live(span)) != len(span):
-                raise was_replaced(span.name)
         for name, before in self._written.items():
             if current.get(name, before) != before:
+                if any(len(self._engine.live(span)) != len(span) for span in self._groups if span.name == name):
+                    raise was_replaced(name)
                 return (
                     f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), a "
                     "swap of weights, nn.Embedding(max_norm=..))."

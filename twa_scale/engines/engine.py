@@ -103,7 +103,7 @@ class Engine(metaclass=_CheckedMeta):
     complex_names: frozenset[str] = frozenset()
     """The complex parameters and buffers of the model, which are presented as their real views."""
 
-    def averaging_groups(self) -> list[Group]:
+    def _averaging_groups(self) -> list[Group]:
         """Return the groups over which the sharding library averages the gradients of parameters that it shards."""
         return [self.shard_group, self.replica_group] if self.averages_replicas else [self.shard_group]
 

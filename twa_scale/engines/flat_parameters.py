@@ -157,7 +157,7 @@ class FlatEngine(Engine):
         """
         assert self._consume is not None
         # Collective, so before code that can fail on one rank.
-        self._rest.consume(self._consume, self.averaging_groups())
+        self._rest.consume(self._consume, self._averaging_groups())
         gradients = {unit: unit.gradient() for unit in self._units}
         for name, member in self._members.items():
             gradient = gradients[member.unit]

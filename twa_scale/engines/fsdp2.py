@@ -232,7 +232,7 @@ class FSDP2Engine(Engine):
         assert self._consume is not None
         # Collective, so before code that can fail on one rank. Without FSDP2 every rank computes the same gradient of
         # these parameters.
-        self._unsharded.consume(self._consume, self.averaging_groups() if self._wrapped else [])
+        self._unsharded.consume(self._consume, self._averaging_groups() if self._wrapped else [])
         if next(self._unreduced(), None) is not None:
             raise EngineError(
                 "FSDP2 holds gradients that it has not reduced; call set_requires_gradient_sync(True), and "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from twa_scale.average.average import TrainableAverage
+from twa_scale.average.batchnorm import batchnorm_layers
 from twa_scale.average.coefficients import Which
 from twa_scale.average.measures import DISTANCE
 from twa_scale.base.notices import notice
@@ -83,6 +84,12 @@ class Averaging:
         for which in (self._which, *self._also):
             averages.has(which)  # raises an error for an unknown name now, not at the first evaluation
         self.averages = averages
+        if batchnorm_layers(model) and not (self._ema and self._ema.use_buffers) and averages.pods.rank == 0:
+            notice(
+                "TwaCallback: averages of this model are evaluated and saved with the BatchNorm statistics of the "
+                "trained weights, which can make them look worse. Set ema={'decays': [..], 'use_buffers': True}, or "
+                "call torch.optim.swa_utils.update_bn on a saved average."
+            )
         return averages
 
     def _describe(
@@ -123,16 +130,31 @@ class Averaging:
                 f"{{'every': {self._window.every}}}, and {lost}. Make `every` or `start_step` smaller."
             )
 
-    def _can_learn(self, steps: int) -> bool:
-        """Return whether the window will have enough snapshots after `steps` steps, and report if not."""
+    def _learn_after(self, steps: int, learn: Callable[[], None]) -> None:
+        """Call `learn` if the window has enough snapshots. An error does not end a training that has succeeded.
+
+        Args:
+            steps: the steps of the training.
+            learn: trains the coefficients and writes the average in place of the one that is written already.
+
+        Raises:
+            Exception: an error of `learn` after which the trained weights are lost.
+        """
         assert self.averages is not None
         count = len(self.averages.snapshot_steps)
-        if count < 2:
-            notice(
-                f"TwaCallback: the window has {count} snapshots after {steps} steps, and learning needs two: nothing "
-                "is learned. Make window={'every': ..} smaller."
-            )
-        return count >= 2
+        why = f"the window has {count} snapshots after {steps} steps, and learning needs two: nothing is learned. Make "
+        why += "window={'every': ..} smaller."
+        if count >= 2:
+            try:
+                learn()
+                return
+            except Exception as error:
+                if self.averages.lost:
+                    raise
+                why = f"the coefficients were not trained. {type(error).__name__}: {error}"
+        if self.averages.pods.rank == 0:
+            kept = f" The average that is written is {self._which!r}." if self.averages.has(self._which) else ""
+            notice(f"TwaCallback: {why}{kept}")
 
     def _train_coefficients(
         self,
@@ -162,8 +184,9 @@ class Averaging:
             TwaError: the batches of a rank have ended; on every rank.
         """
         for step in range(1, self._learn_steps + 1):
-            step_batches = list(islice(batches, accumulate))
+            step_batches: list[Any] = []
             with twa.pods.agree():  # ranks may hold different numbers of batches
+                step_batches += islice(batches, accumulate)
                 _require_all(step_batches, accumulate)
             if hasattr(model, "set_gradient_accumulation_boundary"):
                 total = _deepspeed_step(twa, model, step_batches, loss)

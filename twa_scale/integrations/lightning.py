@@ -221,25 +221,30 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         if trainer.fast_dev_run:  # nothing is written
             return
         path = directory_for_average(trainer) / FILE
-        if self._learn is None and averages.has(self._which):
+        if averages.has(self._which):
             with averages.weights(self._which):
                 self._save_average(path, averages.origin(self._which))
-        elif self._learn is not None and self._can_learn(trainer.global_step):
-            with averages.learning(self._learn) as twa:
-                with _not_logging(pl_module):
-                    self._train_coefficients(
-                        twa,
-                        trainer.strategy.model,
-                        enumerate(_batches(trainer)),
-                        _loss(trainer, pl_module),
-                        accumulate=trainer.accumulate_grad_batches,
-                        scaler=getattr(trainer.precision_plugin, "scaler", None),
-                        log_every=trainer.log_every_n_steps,
-                        log=self._log,
-                    )
-                self._save_average(path, twa.origin(LEARNED))
-                if trainer.enable_validation:
-                    trainer.callback_metrics.update(self._validated(None, "average"))
+        if self._learn is not None:
+            self._learn_after(trainer.global_step, lambda: self._learn_and_write(trainer, pl_module, path))
+
+    def _learn_and_write(self, trainer: Any, pl_module: Any, path: Path) -> None:
+        """Train the coefficients of the window on training batches, and write the result."""
+        assert self.averages is not None and self._learn is not None
+        with self.averages.learning(self._learn) as twa:
+            with _not_logging(pl_module):
+                self._train_coefficients(
+                    twa,
+                    trainer.strategy.model,
+                    enumerate(_batches(trainer)),
+                    _loss(trainer, pl_module),
+                    accumulate=trainer.accumulate_grad_batches,
+                    scaler=getattr(trainer.precision_plugin, "scaler", None),
+                    log_every=trainer.log_every_n_steps,
+                    log=self._log,
+                )
+            self._save_average(path, twa.origin(LEARNED))
+            if trainer.enable_validation:
+                trainer.callback_metrics.update(self._validated(None, "average"))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restore the trained weights, and count no more steps.

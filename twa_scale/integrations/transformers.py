@@ -118,10 +118,10 @@ class TwaCallback(Averaging, _CheckedCallback):
         if best is not None and not self.averages.load_state(best) and state.is_world_process_zero:
             notice(f"{best}: has no averages; those that are written are of the last step, not of the best checkpoint.")
         directory = Path(args.output_dir) / AVERAGE
-        if self._learn is None:
-            self._write(directory)
-        elif self._can_learn(state.global_step):
-            self._learn_and_write(directory, kwargs["train_dataloader"])
+        self._write(directory)
+        if self._learn is not None:
+            batches = kwargs["train_dataloader"]
+            self._learn_after(state.global_step, lambda: self._learn_and_write(directory, batches))
 
     def _wrap_evaluate(self) -> None:
         """Show the average in the Trainer's evaluations during training. The Trainer has no event before them."""
@@ -227,7 +227,8 @@ class TwaCallback(Averaging, _CheckedCallback):
 class CoefficientsCallback(_CheckedCallback):
     """Saves the coefficients that a Trainer trains as its optimizer in its checkpoints, and resumes from them.
 
-    Without it, they are in the state of the optimizer. It is required with `groups: tensor+row` on several ranks,
+    Without it, they are in the state of the optimizer, and `load_best_model_at_end` loads weights without their
+    coefficients, so that an export has none. It is required with `groups: tensor+row` on several ranks,
     because the Trainer saves the state of the optimizer of one rank only. With it, each rank writes its own rows.
 
     Args:
@@ -258,6 +259,11 @@ class CoefficientsCallback(_CheckedCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the coefficients to the checkpoint."""
         save_coefficients(self._twa, _checkpoint_of(self._trainer))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """With `load_best_model_at_end`, load the coefficients of the best checkpoint, as the Trainer its weights."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            load_coefficients(self._twa, Path(state.best_model_checkpoint))
 
 
 def _checkpoint_of(trainer: Any) -> Path:
