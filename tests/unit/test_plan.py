@@ -24,6 +24,7 @@ from twa_scale.run.tasks import build_task, stack
 from twa_scale.store import store_bytes, update_bytes
 from twa_scale.tools.bench import forecast, planned_work, timing
 from twa_scale.tools.planning import choose_store, make_plan
+from twa_scale.tools.planning.activations import activation_bytes
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -60,6 +61,19 @@ def test_activations_are_estimated_on_meta_device(tmp_path: Path, tied: bool, co
     sizes = really_kept(config, 2)
     real = sum(sizes) + 2 * max(sizes)
     assert 0.95 * real <= plan.step["activations"] <= 1.05 * real
+
+
+def test_activations_of_a_classifier_are_estimated(bert: str, tmp_path: Path) -> None:
+    """Its batches are shortened to their texts, which have no length on the meta device."""
+    (tmp_path / "train.csv").write_text("text,label\n" + "a film,good\nno film,bad\n" * 4)
+    options = {"name": "sequence_classification", "model": bert, "train": str(tmp_path / "train.csv"), "max_length": 16}
+    config = validated(RunConfig, {"candidates": bert, "task": options, "output": "o", "steps": 1, "batch_size": 4})
+    task = build_task(config.task)
+    with torch.device("meta"):
+        model = task.model()
+    examples = task.dataset("train")
+    activations, notes = activation_bytes(task, model, config, stack([examples[i] for i in range(4)]))
+    assert notes == () and activations["activations"] > 0
 
 
 def really_kept(config: RunConfig, examples: int, of_block: int | None = None) -> list[int]:

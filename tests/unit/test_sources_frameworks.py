@@ -53,7 +53,7 @@ def test_pattern_of_checkpoints_leaves_out_copies_and_links(out: Path) -> None:
     assert paths == ["out/checkpoint-50", "out/checkpoint-100", "out/checkpoint-1000"]
     link, copy = messages
     assert "counted once, as the same files under another path: 'out/checkpoint-last'" in link
-    assert "left out, as copies of other matches by their names: 'out/checkpoint-best'" in copy
+    assert "left out by their names, as copies or later steps: 'out/checkpoint-best'" in copy
     assert found(["out/checkpoint-50", "out/checkpoint-best"]) == (["out/checkpoint-50", "out/checkpoint-best"], [])
     assert found("out/checkpoint-b*")[0] == ["out/checkpoint-best"]
     weights = average_fixed(["out/checkpoint-*"], "merged", "last")
@@ -175,9 +175,7 @@ def test_lightning_files(lightning_files: Path, monkeypatch: pytest.MonkeyPatch)
     candidates, messages = lines("plain/*.ckpt")
     names = ["plain/epoch=0-step=4.ckpt", "plain/epoch=1-step=8.ckpt"]
     assert [candidate.label for candidate in candidates] == names
-    assert (
-        len(messages) == 1 and "left out, as copies of other matches by their names: 'plain/last.ckpt'" in messages[0]
-    )
+    assert len(messages) == 1 and "left out by their names, as copies or later steps: 'plain/last.ckpt'" in messages[0]
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     attach(model, "plain/*.ckpt", {"center": "last"}).close()  # the prefix "net." is found
     for name, value in content(names[-1])["state_dict"].items():

@@ -28,7 +28,7 @@ from twa_scale.candidates.rounding import choose_coding
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine, ParameterInfo, choose_engine
-from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
+from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting, require_no_adapter
 from twa_scale.engines.model_checks import require_device, require_materialized, require_same_model
 from twa_scale.engines.split_spans import SplitEngine
 from twa_scale.engines.stacked_experts import StackedExperts, stacked_experts
@@ -204,6 +204,8 @@ def matched(
     first, buffers = candidates[0], engine.buffers()
     if adapter:
         require_fitting(adapter, candidates)
+    else:
+        require_no_adapter(candidates, engine.parameters)
     layout = match(engine.parameters, buffers, candidates, config, adapter, stacked)
     types = {name: buffer.dtype for name, buffer in buffers.items()}
     types |= {name: info.dtype for name, info in engine.parameters.items()}

@@ -128,7 +128,7 @@ def _without_copies(named: Sequence[_Named], notify: Notify) -> list[_Named]:
     copies = [path for path in matched if steps[path.parent] > 1 and is_copy(path)]
     if copies:
         notify(
-            f"candidates: left out, as copies of other matches by their names: {quoted(map(str, copies))}. Give their "
+            f"candidates: left out by their names, as copies or later steps: {quoted(map(str, copies))}. Give their "
             "paths in a list to use them."
         )
     return [item for item in named if not (item.pattern and item.source in copies)]

@@ -11,6 +11,7 @@ from twa_scale.candidates.formats.deepspeed import is_deepspeed
 from twa_scale.candidates.formats.megatron import other_megatron_format
 from twa_scale.candidates.formats.rank_files import has_rank_files
 from twa_scale.candidates.other_formats import named_format
+from twa_scale.candidates.steps import step_of
 from twa_scale.errors import CandidateError
 
 _MAX_SEEN = 1000  # folders that are searched
@@ -54,6 +55,10 @@ def _fix(directory: Path, subdirectories: Sequence[Path]) -> str:
             f"'{directory}/*'."
         )
     listed = quoted(sorted(str(path.relative_to(directory)) for path in subdirectories))
+    steps = [path for path in subdirectories if path.parent == directory and step_of(path, parents=0) is not None]
+    if len(steps) > 1:
+        prefix = steps[0].name.rstrip("0123456789")
+        return f"There are weights in {listed}: if these are the candidates, write '{directory}/{prefix}*'."
     return f"There are weights in {listed}: name that folder itself, as in {str(min(subdirectories))!r}."
 
 

@@ -101,6 +101,11 @@ def select(
         _refuse_without_numbers(candidate, kept, wanted)
         selected.append(candidate if len(kept) == len(names) else View(candidate, dict(zip(kept, kept, strict=True))))
     lines = []
+    if wanted.must_match and (dropped := [n for n in candidates[-1].names() if matches_any(n, wanted.ignore)]):
+        lines.append(
+            f"{candidates[-1].label}: {quoted(dropped)} are left out (`--ignore`). An average of these candidates "
+            "lacks them, and from_pretrained initializes them again."
+        )
     if left_out:
         first_ignored = next(iter(left_out.values()))
         lines.append(f"{and_more(list(left_out))}: entries of an optimizer are not read: {quoted(first_ignored)}.")

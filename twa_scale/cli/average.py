@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from twa_scale.base.names import plural
 from twa_scale.cli.option_groups import with_options
 from twa_scale.cli.options import Ignore, Space, Timeout, WeightsKey
 from twa_scale.cli.output_options import Output
@@ -89,4 +88,5 @@ def average(
     for label, weight in weight_of:
         echo(f"{weight:10.6f}  {label}")
     count = len(weight_of)
-    echo(f"wrote the average of {count} {plural(count, 'candidate')} to {output.out}")
+    of = f"the average of {count} candidates" if count > 1 else "the weights of 1 candidate, which are not averaged,"
+    echo(f"wrote {of} to {output.out}")

@@ -134,6 +134,10 @@ def _unsupported_wrapper(model: nn.Module) -> str | None:
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 parameters (attach to the engine that deepspeed.initialize returned)"
-    if type(model).__name__ in ("DeepSpeedEngine", "DataParallel"):
-        return type(model).__name__
+    if type(model).__name__ == "DataParallel":
+        return (
+            "torch.nn.DataParallel (start one process for each GPU, as with torchrun, or show one GPU to this process)"
+        )
+    if type(model).__name__ == "DeepSpeedEngine":
+        return "a DeepSpeedEngine"
     return None

@@ -1,6 +1,6 @@
 """The PEFT adapter of a live model: its tensors, their names in files, and its scalings."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 from twa_scale.base.names import quoted, without_wrappers
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.adapters import PREFIX, ranks_of, scalings
+from twa_scale.candidates.adapters import PREFIX, adapter_config, ranks_of, scalings
 from twa_scale.engines.module_names import name_unwrapper
 from twa_scale.engines.private_attributes import require, version
 from twa_scale.errors import CandidateError, EngineError
@@ -75,6 +75,21 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     stored = {names_by_id[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in names_by_id}
     _require_own(name, kind, stored, [raw for raw, mark in files.items() if id(mark) not in names_by_id])
     return LiveAdapter(name, kind, stored, dict(_scalings(model, name)))
+
+
+def require_no_adapter(candidates: Sequence[Candidate], names: Collection[str]) -> None:
+    """Check that candidates are not adapters, for a model without one, of tensors with these names.
+
+    Raises:
+        CandidateError: names the kind of the adapter.
+    """
+    config = adapter_config(candidates[0])
+    if config is not None and not set(candidates[0].names()) & set(names):
+        raise CandidateError(
+            f"{candidates[0].label}: is an adapter ({config.kind}), and the model has none. Attach to "
+            "PeftModel.from_pretrained(model, directory, is_trainable=True). The built-in tasks of `twa-scale run` do "
+            f"not train adapters: a task of your own can return such a model. {_WITHOUT_MODEL}"
+        )
 
 
 def require_fitting(adapter: LiveAdapter, candidates: Sequence[Candidate]) -> None:

@@ -175,11 +175,19 @@ def _require_same_settings(settings: Mapping[str, Any], text: str) -> None:
     for key, (current, stored) in pairs.items():
         if current != stored:
             raise StateError(
-                f"the state was saved with {key}={json.dumps(stored)}, and this object has {json.dumps(current)}; make "
-                "RunningAverages with the same settings."
+                f"the state was saved with {_text_of(key, stored, current)}, and these averages have "
+                f"{_text_of(key, current, stored)}. Give the same settings, or remove the state (averages-*.pt in a "
+                "checkpoint) to start new averages."
             )
     if saved.get("broken"):
         raise StateError(f"the state was saved when the averages could not be used: {saved['broken']}")
+
+
+def _text_of(key: str, value: object, other: object) -> str:
+    """Return a setting as text; of a group of settings, those that the other value does not have."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        value = {name: one for name, one in value.items() if other.get(name) != one}
+    return f"{key}={json.dumps(value)}"
 
 
 def _require_same_kind(key: str, expected: torch.Tensor, value: object) -> None:

@@ -150,9 +150,10 @@ class SequenceClassification:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    # Columns that are padding in the whole batch are dropped to save time.
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
     used = batch["attention_mask"].any(0)
-    inputs = {key: value[:, used] for key, value in batch.items() if key != "labels"}
+    if not used.is_meta:  # Columns that are padding in the whole batch are dropped to save time.
+        inputs = {key: value[:, used] for key, value in inputs.items()}
     logits: Tensor = model(**inputs).logits
     return logits
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from twa_scale.base.inputs import brief
 from twa_scale.config import RunConfig
 from twa_scale.run.engines import blocks_of
 from twa_scale.run.tasks import Batch, Task, build_task
@@ -29,7 +30,8 @@ def activation_bytes(
             of_blocks = _kept(task, model, batch)[0] - kept
             result["activations of the block computed again"] = int(scale * of_blocks / max(1, len(blocks_of(model))))
     except Exception as error:
-        return {}, (f"activations are not counted: the model does not run on the meta device ({type(error).__name__})",)
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        return {}, (f"activations are not counted: the model does not run on the meta device ({brief(why)})",)
     return result, ()
 
 
