@@ -83,6 +83,19 @@ def test_clipping_needs_no_memory(
     assert projected.step()
 
 
+def test_a_norm_is_no_use(linear: nn.Linear) -> None:
+    """Trainers log it, also when they do not clip."""
+    twa = attach(linear)
+    linear(torch.ones(1, 6)).square().sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TwaWarning)
+        assert nn.utils.get_total_norm([p.grad for p in linear.parameters() if p.grad is not None]) == 0
+        assert all(p.grad is not None and p.grad.norm() == 0 for p in linear.parameters())
+    with pytest.warns(TwaWarning, match="has no effect"):
+        nn.utils.clip_grad_norm_(linear.parameters(), 1.0)
+    twa.close()
+
+
 def test_operators_on_a_gradient(linear: nn.Linear, projected: twa_scale.TrainableAverage) -> None:
     """Numbers have no effect, as reported by the warning. A tensor that takes the place of the gradient is refused."""
     weight: Any = linear.weight

@@ -15,13 +15,17 @@ from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 
 
+_NORMS = {"aten::_foreach_norm", "aten::linalg_vector_norm", "aten::norm"}
+"""Operations that are no use of a gradient: trainers log its norm, also when they do not clip."""
+
+
 class ProjectedGradient(torch.Tensor):
     """A tensor of zeros without memory. Copies of it, and what is saved of it in a file, are tensors of zeros.
 
     Args:
         like: has the shape, strides and device.
         dtype: the type of the elements.
-        on_use: called before each operation on the tensor.
+        on_use: called before each operation on the tensor, except norms.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
@@ -51,7 +55,8 @@ class ProjectedGradient(torch.Tensor):
                 "hooks of the parameter are gone (`to()` of a module with DTensors removes them), or several threads "
                 "run backward. Attach after to(), and run backward in one thread."
             )
-        mark._on_use()
+        if operation._schema.name not in _NORMS:
+            mark._on_use()
         aliases = [argument.alias_info for argument in operation._schema.arguments]
         written = tree_leaves([value for value, alias in zip(args, aliases, strict=False) if alias and alias.is_write])
         if written and all(isinstance(value, cls) for value in written) and operation.namespace == "aten":
