@@ -135,9 +135,7 @@ def _unsupported_wrapper(model: nn.Module) -> str | None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 parameters (attach to the engine that deepspeed.initialize returned)"
     if type(model).__name__ == "DataParallel":
-        return (
-            "torch.nn.DataParallel (start one process for each GPU, as with torchrun, or show one GPU to this process)"
-        )
+        return "DataParallel (start one process for each GPU, as torchrun does, or set CUDA_VISIBLE_DEVICES to one GPU)"
     if type(model).__name__ == "DeepSpeedEngine":
         return "a DeepSpeedEngine"
     return None

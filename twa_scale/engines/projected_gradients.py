@@ -14,7 +14,6 @@ from twa_scale.engines.dtensor_spans import like_parameter
 from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 
-
 _NORMS = {"aten::_foreach_norm", "aten::linalg_vector_norm", "aten::norm"}
 """Operations that are no use of a gradient: trainers log its norm, also when they do not clip."""
 

@@ -142,9 +142,12 @@ class Averaging:
         """
         assert self.averages is not None
         count = len(self.averages.snapshot_steps)
-        why = f"the window has {count} snapshots after {steps} steps, and learning needs two: nothing is learned. Make "
-        why += "window={'every': ..} smaller."
-        if count >= 2:
+        if count < 2:
+            why = (
+                f"the window has {count} snapshots after {steps} steps, and learning needs two: nothing is learned. "
+                "Make window={'every': ..} smaller."
+            )
+        else:
             try:
                 learn()
                 return

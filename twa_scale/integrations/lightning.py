@@ -242,9 +242,9 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                     log_every=trainer.log_every_n_steps,
                     log=self._log,
                 )
-            self._save_average(path, twa.origin(LEARNED))
             if trainer.enable_validation:
                 trainer.callback_metrics.update(self._validated(None, "average"))
+            self._save_average(path, twa.origin(LEARNED))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restore the trained weights, and count no more steps.

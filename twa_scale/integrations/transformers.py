@@ -195,11 +195,11 @@ class TwaCallback(Averaging, _CheckedCallback):
         trainer = self._trainer
         with self.averages.learning(self._learn) as twa:
             self._steps(twa, batches)
-            written = self._save_model(directory)
-            self._describe(directory, twa.origin(LEARNED), written=written)
             if trainer.eval_dataset is not None:
                 with added_metrics_as(trainer, "eval_average"):
                     self._evaluate(metric_key_prefix="eval_average")
+            written = self._save_model(directory)
+            self._describe(directory, twa.origin(LEARNED), written=written)
 
     def _steps(self, twa: TrainableAverage, batches: Any) -> None:
         trainer, args = self._trainer, self._trainer.args
