@@ -31,7 +31,7 @@ from twa_scale.ranks.destroying import KEPT, destroy_process_group
 ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["tests.pool", "tests.preload"]
 MAX_RANKS = 4
-MAX_THREADS = 100  # of a worker
+MAX_THREADS = 50  # of a worker: tensor parallelism of torch keeps those of process groups that were destroyed
 GRACE = 10.0  # seconds that the other ranks have to return after the first one raised
 
 
