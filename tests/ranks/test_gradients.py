@@ -317,7 +317,7 @@ def attach_twice(engine: str) -> None:
     model, twa = cases.attach(engine, RUN)
     twa.close()
     states = models.candidates(scalar_shape=(1,) if engine in zero.ENGINES else RUN.scalar_shape)
-    _first = twa_scale.attach(model, candidates=states)
+    twa_scale.attach(model, candidates=states)
     twa_scale.attach(model, candidates=states)
 
 

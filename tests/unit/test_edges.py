@@ -1,6 +1,7 @@
 """Edge cases of the public API in which errors could remain unnoticed."""
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -319,15 +320,31 @@ def test_an_export_reports_weights_that_other_code_has_changed(tmp_path: Path) -
             net[0].weight.clamp_(max=0.1)
         with pytest.warns(TwaWarning, match=r"'0\.weight' was written.*The export has the weights as they are now"):
             twa.export(tmp_path / "clamped", overwrite=True)
+        assert "coefficients" not in json.loads((tmp_path / "clamped/twa_scale.json").read_text())
         backward(net)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             twa.step()
+    net.load_state_dict(net.state_dict())  # the same values
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TwaWarning)
+        twa.export(tmp_path / "same")
+    assert "coefficients" in json.loads((tmp_path / "same/twa_scale.json").read_text())
     wanted = net[0].weight.detach().clone()
     net[0].weight = nn.Parameter(torch.zeros(8, 6))
     with pytest.warns(TwaWarning, match=r"'0\.weight' was replaced.*The export has the weights that the average wrote"):
         twa.export(tmp_path / "replaced")
     assert torch.equal(load_file(tmp_path / "replaced/model.safetensors")["0.weight"], wanted)
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_a_parameter_of_another_size_is_refused(size: int) -> None:
+    net: Any = model()
+    twa = twa_scale.attach(net, candidates(), SGD)
+    backward(net)
+    net[0].weight.data = torch.zeros(size, 6)
+    with pytest.raises(EngineError, match=r"'0\.weight' was replaced since attach"):
+        twa.step()
 
 
 @pytest.mark.parametrize("kernels", ["torch", "auto"])

@@ -1,12 +1,10 @@
 """Attach an average to a model: match tensors, load the candidates into the store, write the first weights."""
 
-import gc
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -38,7 +36,6 @@ from twa_scale.ranks import Pods, Reduction, publish_failure, require_same_setti
 from twa_scale.store import Store, make_store
 
 Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
-_attached: WeakKeyDictionary[nn.Module, ref[TrainableAverage]] = WeakKeyDictionary()
 
 
 def attach(
@@ -90,7 +87,6 @@ def attach_at_least(
     """Attach as `attach`, with another minimum number of candidates. The average of one candidate is its weights."""
     with publish_failure():
         engine = choose_engine(model, replica_group)
-    _collect_dropped(engine.module)
     pods = Pods(engine.shard_group, engine.replica_group)
     with pods.agree():
         require_materialized(engine)
@@ -123,17 +119,9 @@ def attach_at_least(
         parts = Parts(config, engine, pods, reduction, layout, store, opened, carried)
         average = assemble(parts, loaded, weights)
         undo.pop_all()
-    _attached[engine.module] = ref(average)
     if average.rounding is not None and pods.rank == 0:
         logging.getLogger("twa_scale").info("%s", average.rounding)
     return average
-
-
-def _collect_dropped(module: nn.Module) -> None:
-    """Collect an average of this model that the script has dropped without `close`: it would still take gradients."""
-    if (reference := _attached.get(module)) is not None and (average := reference()) is not None and not average.closed:
-        del average
-        gc.collect()
 
 
 def _candidates_and_config(

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
-from weakref import finalize
 
 import torch
 from torch import nn
@@ -30,7 +29,6 @@ from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
 from twa_scale.base.notices import notice
-from twa_scale.base.weak import weak_method
 from twa_scale.candidates.conversion import conversions
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress
@@ -97,11 +95,8 @@ class TrainableAverage(Stateful):
         self._written.write_first()
         engine.forget()
         engine.keeps_gradients = clips
-        # The hooks of the model do not keep the average: Python does not find cycles through hooks.
-        engine.watch(weak_method(self._step.project))
+        engine.watch(self._step.project)
         self._weights.watch()
-        self._close_engine = finalize(self, engine.close)
-        self._close_engine.atexit = False
 
     @property
     def lost(self) -> str:
@@ -245,7 +240,7 @@ class TrainableAverage(Stateful):
         """
         self.write_deferred()
         self._same.require()
-        change, is_exported = self._weights.change()
+        change, is_exported = self._weights.change(self._written.current)
         written_as = None if dtype is None else str(dtype).removeprefix("torch.")
         origin = self.origin(dtype=written_as)
         if any(self.pods.gather(is_exported)):  # the coefficients do not describe these weights
@@ -333,6 +328,9 @@ class TrainableAverage(Stateful):
     def close(self) -> None:
         """Remove the hooks from the model and release the store and the candidates; the model keeps its weights.
 
+        Without it, the hooks hold average and store as long as the process runs, because Python does not find cycles
+        through hooks.
+
         A second call does nothing. Other methods raise TwaError after it.
         """
         if self.closed:
@@ -344,7 +342,7 @@ class TrainableAverage(Stateful):
                 self.write_deferred()
         finally:  # also when the weights cannot be written
             self.closed = True
-            self._close_engine()
+            self._engine.close()
             self._reduction.close()
             self._store.close()
             for candidate in self._candidates:

@@ -13,7 +13,6 @@ from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.engines.deferred_weights import Combine, DeferredWeights
-from twa_scale.engines.parameters import was_replaced
 from twa_scale.errors import EngineError
 from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
@@ -132,17 +131,33 @@ class Weights:
                 "weights() to swap weights; continue a run with load_state_dict() of its average."
             )
 
-    def change(self) -> tuple[str | None, bool]:
-        """Return text about a parameter that other code has changed since `write` on this rank, for an export.
+    def change(self, choose: Callable[[], Chosen]) -> tuple[str | None, bool]:
+        """Return text about a parameter that other code has changed since `write(choose)`, for an export.
 
         Also return whether the export has the change.
         """
         try:
-            self._samples.compare(wait=True)
-            change = self._written_by_others() or self._changed_samples()
+            change = self._written_by_others()
+            if change is None:
+                self._samples.compare(wait=True)
+                change = self._changed_samples()
         except EngineError as error:
             return f"{error} The export has the weights that the average wrote.", False
-        return change and f"{change} The export has the weights as they are now, without coefficients.", bool(change)
+        if change is None or self._holds(choose):
+            return None, False
+        return f"{change} The export has the weights as they are now, without coefficients.", True
+
+    @torch.no_grad()
+    def _holds(self, choose: Callable[[], Chosen]) -> bool:
+        """Return whether the model has the weights of `choose()` on this rank."""
+        write = self._writer(*choose())
+        for span in self._groups:
+            live = self._engine.live(span)
+            out = torch.empty_like(live)
+            write(span, out)
+            if not torch.equal(out, live):
+                return False
+        return True
 
     def _written_by_others(self) -> str | None:
         """Return text about a parameter that other code has written since `write`, if there is one.
@@ -153,8 +168,6 @@ class Weights:
         current = self._engine.changed(self._names)
         for name, before in self._written.items():
             if current.get(name, before) != before:
-                if any(len(self._engine.live(span)) != len(span) for span in self._groups if span.name == name):
-                    raise was_replaced(name)
                 return (
                     f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), a "
                     "swap of weights, nn.Embedding(max_norm=..))."

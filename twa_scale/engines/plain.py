@@ -18,6 +18,7 @@ from twa_scale.engines.parameters import (
     persistent_buffers,
     require_same_parameters,
     require_separate,
+    was_replaced,
 )
 from twa_scale.engines.projected_gradients import ProjectedGradients
 from twa_scale.errors import EngineError
@@ -51,8 +52,15 @@ class PlainEngine(Engine):
         """Do nothing, because `live` is the memory that the model uses."""
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return address and version of each parameter's memory."""
+        """Return address and version of each parameter's memory.
+
+        Raises:
+            EngineError: a parameter, or its memory, was replaced by another one.
+        """
         require_same_parameters(self._locations)
+        for name in names:
+            if self._parameters[name].shape != self.parameters[name].shape:
+                raise was_replaced(name)
         return {name: memory_version(self._parameters[name]) for name in names}
 
     def buffers(self) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from twa_scale.base.spans import Span, share
 from twa_scale.engines.engine import Consume
-from twa_scale.engines.parameters import flat_gradient, flat_view, memory_version
+from twa_scale.engines.parameters import flat_gradient, flat_view, memory_version, was_replaced
 from twa_scale.ranks import Group
 
 _BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small compared with the model
@@ -45,6 +45,7 @@ class ReplicatedParameters:
         self, parameters: Mapping[str, torch.Tensor], group: Group, units: Mapping[str, int] | None = None
     ) -> None:
         self._parameters = parameters
+        self._sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._group = group
         self._units = units or {}
 
@@ -64,8 +65,16 @@ class ReplicatedParameters:
         return flat_view(span.name, self._parameters[span.name])[span.start : span.stop]
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return address and version of the memory of those `names` that are held here."""
-        return {name: memory_version(self._parameters[name]) for name in names if name in self._parameters}
+        """Return address and version of the memory of those `names` that are held here.
+
+        Raises:
+            EngineError: a parameter has another size than before.
+        """
+        own = {name: self._parameters[name] for name in names if name in self._parameters}
+        for name, parameter in own.items():
+            if parameter.numel() != self._sizes[name]:
+                raise was_replaced(name)
+        return {name: memory_version(parameter) for name, parameter in own.items()}
 
     def consume(self, consume: Consume, average_over: Collection[Group]) -> None:
         """Pass on this rank's part of every gradient and free it. Collective in `average_over`.

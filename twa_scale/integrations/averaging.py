@@ -84,12 +84,6 @@ class Averaging:
         for which in (self._which, *self._also):
             averages.has(which)  # raises an error for an unknown name now, not at the first evaluation
         self.averages = averages
-        if batchnorm_layers(model) and not (self._ema and self._ema.use_buffers) and averages.pods.rank == 0:
-            notice(
-                "TwaCallback: averages of this model are evaluated and saved with the BatchNorm statistics of the "
-                "trained weights, which can make them look worse. Set ema={'decays': [..], 'use_buffers': True}, or "
-                "call torch.optim.swa_utils.update_bn on a saved average."
-            )
         return averages
 
     def _describe(
@@ -108,13 +102,20 @@ class Averaging:
             if self.averages.has(name):
                 yield name, name.replace(":", "-")
 
-    def _check_window(self, remaining: int) -> None:
-        """Report at the start of training if the window will have too few snapshots at its end. Call it on one rank.
+    def _report_at_start(self, model: Any, remaining: int) -> None:
+        """Report BatchNorm, and a window that will have too few snapshots when training ends. Call it on one rank.
 
         Args:
+            model: the model.
             remaining: the number of steps of the optimizer until training ends.
         """
         assert self.averages is not None
+        if batchnorm_layers(model) and not (self._ema and self._ema.use_buffers):
+            notice(
+                "TwaCallback: averages of this model are evaluated and saved with the BatchNorm statistics of the "
+                "trained weights, which can make them look worse. Set ema={'decays': [..], 'use_buffers': True}, or "
+                "call torch.optim.swa_utils.update_bn on a saved average."
+            )
         if self._window is None:
             return
         steps = self.averages.num_steps + remaining
@@ -152,12 +153,12 @@ class Averaging:
                 learn()
                 return
             except Exception as error:
-                if self.averages.lost:
+                if not self.averages.has_trained_weights:
                     raise
                 why = f"the coefficients were not trained. {type(error).__name__}: {error}"
         if self.averages.pods.rank == 0:
-            kept = f" The average that is written is {self._which!r}." if self.averages.has(self._which) else ""
-            notice(f"TwaCallback: {why}{kept}")
+            before = f" The average {self._which!r} was written before." if self.averages.has(self._which) else ""
+            notice(f"TwaCallback: {why}{before}")
 
     def _train_coefficients(
         self,
@@ -187,9 +188,8 @@ class Averaging:
             TwaError: the batches of a rank have ended; on every rank.
         """
         for step in range(1, self._learn_steps + 1):
-            step_batches: list[Any] = []
+            step_batches = list(islice(batches, accumulate))  # collective, if a rank reads for the others
             with twa.pods.agree():  # ranks may hold different numbers of batches
-                step_batches += islice(batches, accumulate)
                 _require_all(step_batches, accumulate)
             if hasattr(model, "set_gradient_accumulation_boundary"):
                 total = _deepspeed_step(twa, model, step_batches, loss)

@@ -114,7 +114,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         self._wrap_validation()
         total = trainer.estimated_stepping_batches  # on each rank, because it may set up data
         if trainer.is_global_zero and pl_module.automatic_optimization and total < inf and not trainer.fast_dev_run:
-            self._check_window(int(total) - trainer.global_step)
+            self._report_at_start(trainer.strategy.model, int(total) - trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Count a step if the optimizers do not. DeepSpeed has its own count."""

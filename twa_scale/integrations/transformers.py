@@ -76,7 +76,7 @@ class TwaCallback(Averaging, _CheckedCallback):
             notice(f"{checkpoint}: has no averages; new ones start at step {state.global_step}. {_KILLED}")
         self._wrap_evaluate()
         if state.is_world_process_zero:
-            self._check_window(state.max_steps - state.global_step)
+            self._report_at_start(self._trainer.model_wrapped, state.max_steps - state.global_step)
             self._check_best(args)
 
     def _check_best(self, args: Any) -> None:

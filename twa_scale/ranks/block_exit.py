@@ -87,10 +87,9 @@ class BlockExits:
 
     def _rank_that_gave_up(self) -> str | None:
         store = self._connected()
-        gone = self._all_recorded() and self._decided(_LEFT) == _GONE
         if store.check([self._gone_key]):
             return f"rank {store.get(self._gone_key).decode()}"
-        return "another rank" if gone else None
+        return "another rank" if self._all_recorded() and self._decided(_LEFT) == _GONE else None
 
     def _connected(self) -> Any:
         self._store = self._store or connect_to_store()

@@ -354,6 +354,11 @@ class RunningAverages:
         self._recount()
         self._validity.restored()
 
+    @property
+    def has_trained_weights(self) -> bool:
+        """Whether the model has the weights that are trained, and not those of an average."""
+        return not (self._learned or self._showing.has_copy or self.lost)
+
     def save_state(self, directory: str | Path) -> None:
         """Write the state of each rank to a separate file in `directory`, `averages-00000-of-00008.pt`. Collective.
 
