@@ -1,7 +1,7 @@
 """One-line messages for invalid keys and values."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -74,8 +74,9 @@ def _message(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         key = ".".join(map(str, location))
         known = _keys(model, location[:-1])
-        if len(location) == 1 and key in _keys_of_runs() and key not in known:
-            return f"{key!r} is a key of a configuration file of `twa-scale run`; {model.__name__} does not have it"
+        for larger in model.__subclasses__():  # the configuration of a run has the keys of an average
+            if len(location) == 1 and key in larger.model_fields:
+                return f"{key!r} is a key of {larger.__name__}, for `twa-scale run`; {model.__name__} does not have it"
         close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {key!r}; {hint}"
@@ -84,12 +85,6 @@ def _message(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         suffix += nearest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     return f"{key}: {message}{suffix}" if key else message
-
-
-def _keys_of_runs() -> Collection[str]:
-    from twa_scale.config.run import RunConfig  # which imports this module
-
-    return RunConfig.model_fields
 
 
 def _keys(model: type[BaseModel], location: Location) -> list[str]:
