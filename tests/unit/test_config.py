@@ -583,3 +583,10 @@ def test_shares_cover_all_elements_once(numel: int, size: int) -> None:
     parts = [share(numel, rank, size) for rank in range(size)]
     assert [i for start, stop in parts for i in range(start, stop)] == list(range(numel))
     assert all(stop - start <= parts[0][1] for start, stop in parts)
+
+
+def test_keys_of_a_run_are_named_as_such() -> None:
+    with pytest.raises(ConfigError, match=r"'steps' is a key of RunConfig, for `twa-scale run`; TwaConfig does not"):
+        validated(TwaConfig, {"recipe": "tail", "steps": 5})
+    with pytest.raises(ConfigError, match="unknown key 'group'; did you mean 'groups'"):
+        validated(TwaConfig, {"group": "block"})
