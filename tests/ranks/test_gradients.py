@@ -82,7 +82,9 @@ def clip_and_discard(engine: str) -> tuple[list[str], str, str, bool]:
     models.loss(model, own_part(4)).backward()
     in_accumulation = cases.error_text(twa.step)
     models.loss(model, own_part(5)).backward()
-    return [str(warning.message) for warning in caught], at_step, in_accumulation, twa.step()
+    moved = twa.step()
+    twa.close()
+    return [str(warning.message) for warning in caught], at_step, in_accumulation, moved
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2", "tp"])

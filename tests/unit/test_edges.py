@@ -15,6 +15,9 @@ from torch import Tensor, nn
 import twa_scale
 from twa_scale import CandidateError, EngineError, Snapshots, TwaError
 from twa_scale.base.notices import TwaWarning
+from twa_scale.engines import Consume
+from twa_scale.engines.plain import PlainEngine
+from twa_scale.ranks import Group
 
 SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
 
@@ -335,6 +338,20 @@ def test_an_export_reports_weights_that_other_code_has_changed(tmp_path: Path) -
     with pytest.warns(TwaWarning, match=r"'0\.weight' was replaced.*The export has the weights that the average wrote"):
         twa.export(tmp_path / "replaced")
     assert torch.equal(load_file(tmp_path / "replaced/model.safetensors")["0.weight"], wanted)
+
+
+class HalfGradients(PlainEngine):
+    """An engine that passes on the first half of each gradient."""
+
+    def watch(self, consume: Consume) -> None:
+        super().watch(lambda span, gradient: consume(span, gradient[: len(gradient) // 2].clone()))
+
+
+def test_a_gradient_of_another_length_than_its_span_is_refused() -> None:
+    net = model()
+    twa_scale.attach(HalfGradients(net, Group.alone()), candidates(), SGD)
+    with pytest.raises(EngineError, match=r"has the shape \(1,\), but this rank holds 3 elements"):
+        backward(net)
 
 
 @pytest.mark.parametrize("size", [2, 9])
