@@ -267,7 +267,7 @@ def test_learning_from_data_that_is_read_only_once_ends_with_the_running_average
     accelerator = {"dispatch_batches": dispatch}  # with it, the error is that of Accelerate
     trainer = trainer_with(tmp_path, callback, save_strategy="no", accelerator_config=accelerator)
     trainer.train_dataset = OneShotTexts()
-    with pytest.warns(TwaWarning, match=f"not trained. .*{message}(.|\n)*average 'mean' was written before"):
+    with pytest.warns(TwaWarning, match=f"no learned average(.|\n)*{message}(.|\n)*average 'mean' was written before"):
         trainer.train()
     assert callback.averages is not None
     trained = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -275,6 +275,25 @@ def test_learning_from_data_that_is_read_only_once_ends_with_the_running_average
         trainer.save_model(str(tmp_path / "mean"))
     assert same(load_file(tmp_path / "average/model.safetensors"), load_file(tmp_path / "mean/model.safetensors"))
     assert same(trained, trainer.model.state_dict())
+
+
+@pytest.mark.slow
+def test_an_error_while_the_learned_average_is_written_ends_the_training(tmp_path: Path) -> None:
+    """What is on disk may belong to neither average."""
+    callback = TwaCallback(window={"every": 1, "keep": 2}, learn=LEARN, learn_steps=2, save=False)
+    trainer = trainer_with(tmp_path, callback, save_strategy="no")
+    describe = callback._describe
+    calls: list[int] = []
+
+    def fail_at_second(*args: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("no space left")
+        describe(*args, **options)
+
+    callback._describe = fail_at_second  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train()
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """Changes that a script makes to the model: they are used, or refused on every rank at the next step."""
 
+import json
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,6 +172,84 @@ def test_each_rank_reports_what_was_written_there(
     first, last = ranks(change_model, 2, engine=engine, change=change, on=on)
     assert not first[0] and not last[0] and torch.equal(first[2], last[2])
     assert len(last[1]) == 1 and len(first[1]) == (on == "all")
+
+
+def shrink(model: Any) -> None:
+    own_parameter(model).data = torch.zeros(2, 2)
+
+
+def start_elsewhere(engine: str) -> list[str]:
+    """Return errors of writes to a parameter that has become smaller."""
+    model, twa = cases.attach(engine, RUN)
+    shrink(model)
+    state = twa.state_dict()
+    return [cases.error_text(lambda: twa.start_from("last")), cases.error_text(lambda: twa.load_state_dict(state))]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "sharded-ddp"])
+def test_writes_to_smaller_memory_are_refused_on_every_rank(ranks: Pool, engine: str) -> None:
+    for said in chain.from_iterable(ranks(start_elsewhere, 2, engine=engine)):
+        assert "blocks.1.down.weight' was replaced since attach" in said
+
+
+def export_changed(engine: str, path: Path, change: Callable[[Any], None], on: list[int]) -> tuple[str, list[str]]:
+    """Change the model on some ranks and export. Return the error, and the notices about what the export has."""
+    model, twa = cases.attach(engine, RUN)
+    if cases.where()[0] in on:
+        change(model)
+    said = ""
+
+    def export() -> None:
+        nonlocal said
+        said = cases.error_text(lambda: twa.export(path))
+
+    texts = [text for text in reports(export) if "The export has" in text]
+    return said, texts
+
+
+def double(model: Any) -> None:
+    with torch.no_grad():
+        own_parameter(model).mul_(2)
+
+
+def overwrite(model: Any) -> None:
+    """Write weights as a script with DeepSpeed does."""
+    import deepspeed
+
+    parameter = own_parameter(model.module)
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        if not hasattr(parameter, "ds_id") or torch.distributed.get_rank() == 0:
+            parameter.fill_(0.5)
+
+
+def stride(model: Any) -> None:
+    parameter = own_parameter(model)
+    parameter.data = parameter.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    ("engine", "change", "on", "has"),
+    [
+        ("plain", double, [0, 1], "as they are now, without coefficients"),
+        ("plain", double, [1], "that the average wrote"),  # a replica whose weights are not exported
+        ("ddp", double, [0, 1], "as they are now, without coefficients"),
+        *((engine, overwrite, [0, 1], "that the average wrote") for engine in zero.ENGINES),
+    ],
+)
+def test_exports_say_whether_they_have_a_change(
+    ranks: Pool, tmp_path: Path, engine: str, change: Callable[[Any], None], on: list[int], has: str
+) -> None:
+    results = ranks(export_changed, 2, engine=engine, path=tmp_path / "out", change=change, on=on)
+    assert not any(said for said, _ in results)
+    texts = list(chain.from_iterable(reported for _, reported in results))
+    assert texts and all(f"The export has the weights {has}." in text for text in texts)
+    origin = json.loads((tmp_path / "out/twa_scale.json").read_text())
+    assert ("coefficients" in origin) == (has == "that the average wrote")
+
+
+def test_an_export_that_one_rank_cannot_compare_is_refused_on_every_rank(ranks: Pool, tmp_path: Path) -> None:
+    results = ranks(export_changed, 2, engine="plain", path=tmp_path / "out", change=stride, on=[1])
+    assert all("is not contiguous in memory" in said for said, _ in results), results
 
 
 @pytest.mark.parametrize("engine", ["ddp", "sharded-ddp"])

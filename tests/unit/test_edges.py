@@ -340,6 +340,20 @@ def test_an_export_reports_weights_that_other_code_has_changed(tmp_path: Path) -
     assert torch.equal(load_file(tmp_path / "replaced/model.safetensors")["0.weight"], wanted)
 
 
+@pytest.mark.parametrize(("dtype", "is_equal"), [(torch.float64, True), (torch.float16, False)])
+def test_an_export_of_converted_weights_has_coefficients_if_they_are_equal(
+    tmp_path: Path, dtype: torch.dtype, is_equal: bool
+) -> None:
+    net = model()
+    twa = twa_scale.attach(net, candidates(), SGD)
+    net.to(dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        twa.export(tmp_path / "converted")
+    assert any("as they are now" in str(warning.message) for warning in caught) != is_equal
+    assert ("coefficients" in json.loads((tmp_path / "converted/twa_scale.json").read_text())) == is_equal
+
+
 class HalfGradients(PlainEngine):
     """An engine that passes on the first half of each gradient."""
 
@@ -355,13 +369,24 @@ def test_a_gradient_of_another_length_than_its_span_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 9])
-def test_a_parameter_of_another_size_is_refused(size: int) -> None:
+def test_a_parameter_of_another_size_is_refused(size: int, tmp_path: Path) -> None:
+    """Kernels would write outside of its memory."""
     net: Any = model()
     twa = twa_scale.attach(net, candidates(), SGD)
+    state = twa.state_dict()
     backward(net)
     net[0].weight.data = torch.zeros(size, 6)
-    with pytest.raises(EngineError, match=r"'0\.weight' was replaced since attach"):
-        twa.step()
+    calls: list[Callable[[], object]] = [
+        twa.step,
+        lambda: twa.start_from("last"),
+        lambda: twa.load_state_dict(state),
+        lambda: twa.export(tmp_path / "out"),
+        lambda: twa.weights("last").__enter__(),  # after which the average is lost
+    ]
+    for call in calls:
+        with pytest.raises(EngineError, match=r"'0\.weight' was replaced since attach"):
+            call()
+    assert not net[0].weight.any() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kernels", ["torch", "auto"])

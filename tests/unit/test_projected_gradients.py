@@ -52,6 +52,30 @@ def test_copies_and_pickles_are_zeros(linear: nn.Linear, projected: twa_scale.Tr
     assert torch.equal(changed, zeros + 1) and not gradient.any()
 
 
+def test_texts_and_lists_are_of_zeros(linear: nn.Linear, projected: twa_scale.TrainableAverage) -> None:
+    gradient = mark(linear.bias)
+    assert repr(gradient) == repr(torch.zeros(4)) and gradient.tolist() == [0.0] * 4
+    assert not gradient.numpy().any() and not np.asarray(gradient).any()
+
+
+def test_there_is_no_address(linear: nn.Linear, projected: twa_scale.TrainableAverage) -> None:
+    for read in (Tensor.data_ptr, torch.utils.dlpack.to_dlpack):
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            read(mark(linear.weight))
+
+
+def test_memory_that_a_conversion_gives_to_a_mark_is_freed(linear: nn.Linear) -> None:
+    twa = attach(linear)
+    linear(torch.ones(1, 6)).square().sum().backward()
+    linear.double().float()
+    assert mark(linear.weight).untyped_storage().nbytes()
+    with pytest.warns(TwaWarning, match="was written"):
+        twa.step()
+    linear(torch.ones(1, 6)).square().sum().backward()
+    assert not mark(linear.weight).untyped_storage().nbytes()
+    twa.close()
+
+
 def test_other_libraries_get_zeros(linear: nn.Linear, projected: twa_scale.TrainableAverage) -> None:
     for parameter in linear.parameters():
         zeros = torch.zeros_like(parameter)
@@ -83,14 +107,15 @@ def test_clipping_needs_no_memory(
     assert projected.step()
 
 
-def test_a_norm_is_no_use(linear: nn.Linear) -> None:
+def test_a_norm_has_its_own_warning(linear: nn.Linear) -> None:
     """Trainers log it, also when they do not clip."""
     twa = attach(linear)
     linear(torch.ones(1, 6)).square().sum().backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TwaWarning)
+    with pytest.warns(TwaWarning) as caught:
         assert nn.utils.get_total_norm([p.grad for p in linear.parameters() if p.grad is not None]) == 0
         assert all(p.grad is not None and p.grad.norm() == 0 for p in linear.parameters())
+    (text,) = [str(warning.message) for warning in caught]
+    assert "their norm is 0" in text and "has no effect" not in text
     with pytest.warns(TwaWarning, match="has no effect"):
         nn.utils.clip_grad_norm_(linear.parameters(), 1.0)
     twa.close()

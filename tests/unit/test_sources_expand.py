@@ -200,6 +200,22 @@ def test_folders_with_weights_in_them_are_named(working_directory: Path, files: 
     assert refused("*") == message  # a file that is not read does not change this
 
 
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["step-100", "step-150"], "step-*"),
+        (["step_10_hf", "step_20_hf"], "*"),
+        (["epoch=1-step=10", "epoch=2-step=20"], "*"),
+    ],
+    ids=str,
+)
+def test_a_pattern_that_matches_all_steps_is_proposed(working_directory: Path, names: list[str], pattern: str) -> None:
+    for name in names:
+        (working_directory / "run" / name).mkdir(parents=True)
+        (working_directory / "run" / name / "model.safetensors").write_bytes(b"x")
+    assert f"write 'run/{pattern}'" in refused("run")
+
+
 # Formats that are not read
 
 

@@ -240,10 +240,12 @@ class TrainableAverage(Stateful):
         """
         self.write_deferred()
         self._same.require()
-        change, is_exported = self._weights.change(self._written.current)
+        with self.pods.agree():
+            change = self._weights.change(self._written.current)
+        is_exported = change is not None and change.is_live and self.pods.number == 0
         written_as = None if dtype is None else str(dtype).removeprefix("torch.")
         origin = self.origin(dtype=written_as)
-        if any(self.pods.gather(is_exported)):  # the coefficients do not describe these weights
+        if changed := any(self.pods.gather(is_exported)):  # the coefficients do not describe these weights
             origin = provenance("those of a model that other code has changed since an average wrote them", ())
         export(
             self._engine,
@@ -257,7 +259,8 @@ class TrainableAverage(Stateful):
             progress,
         )
         if change:
-            notice(change)
+            which = "as they are now, without coefficients" if changed else "that the average wrote"
+            notice(f"{change.text} The export has the weights {which}.")
         if self._step.only_received and self.pods.rank == 0:
             notice(
                 "backward passes have computed gradients, but no step was taken since attach, so the export is the "

@@ -1,6 +1,7 @@
 """Write the weights w = (1 + u_c) c + sum_i u_i delta_i into the live spans of a rank."""
 
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,15 @@ from twa_scale.store import Store
 
 Chosen = tuple[torch.Tensor, RowCorrections | None]
 """The u of the weights to write, and the corrections of rows that are added to it."""
+
+
+class Change(NamedTuple):
+    """A parameter that other code has changed since the average wrote it."""
+
+    text: str
+    """A sentence that names the parameter."""
+    is_live: bool
+    """Whether `live` of the engine has the change, and therefore an export."""
 
 
 class Weights:
@@ -46,6 +56,7 @@ class Weights:
         self._engine = engine
         self._store = store
         self._groups = groups
+        self._dtypes = {span: engine.live(span).dtype for span in groups}
         self._names = layout.group_of.keys()
         self._clock = clock
         self._deferred = DeferredWeights(engine.units() if postpone else [], groups, engine.device, clock)
@@ -131,33 +142,32 @@ class Weights:
                 "weights() to swap weights; continue a run with load_state_dict() of its average."
             )
 
-    def change(self, choose: Callable[[], Chosen]) -> tuple[str | None, bool]:
-        """Return text about a parameter that other code has changed since `write(choose)`, for an export.
-
-        Also return whether the export has the change.
-        """
+    def change(self, choose: Callable[[], Chosen]) -> Change | None:
+        """Return what other code has changed since `write(choose)`, for an export."""
         try:
-            change = self._written_by_others()
-            if change is None:
+            text = self._written_by_others()
+            if text is None:
                 self._samples.compare(wait=True)
-                change = self._changed_samples()
+                text = self._changed_samples()
         except EngineError as error:
-            return f"{error} The export has the weights that the average wrote.", False
-        if change is None or self._holds(choose):
-            return None, False
-        return f"{change} The export has the weights as they are now, without coefficients.", True
+            return Change(str(error), is_live=False)
+        return None if text is None else self._confirmed(text, choose)
 
     @torch.no_grad()
-    def _holds(self, choose: Callable[[], Chosen]) -> bool:
-        """Return whether the model has the weights of `choose()` on this rank."""
+    def _confirmed(self, text: str, choose: Callable[[], Chosen]) -> Change | None:
+        """Return the change if values on this rank are not those of `choose()`: writes of equal values are none."""
         write = self._writer(*choose())
+        change = None
         for span in self._groups:
             live = self._engine.live(span)
-            out = torch.empty_like(live)
-            write(span, out)
-            if not torch.equal(out, live):
-                return False
-        return True
+            written = torch.empty(len(span), dtype=self._dtypes[span], device=live.device)
+            write(span, written)
+            if not torch.equal(live.to(written.dtype), written):
+                return Change(text, is_live=True)
+            low = self._engine.low_precision(span)
+            if low is not None and not torch.equal(low, written.to(low.dtype)):
+                change = Change(text, is_live=False)
+        return change
 
     def _written_by_others(self) -> str | None:
         """Return text about a parameter that other code has written since `write`, if there is one.

@@ -57,7 +57,8 @@ def _fix(directory: Path, subdirectories: Sequence[Path]) -> str:
     listed = quoted(sorted(str(path.relative_to(directory)) for path in subdirectories))
     steps = [path for path in subdirectories if path.parent == directory and step_of(path, parents=0) is not None]
     if len(steps) > 1:
-        prefix = steps[0].name.rstrip("0123456789")
+        prefixes = {path.name.rstrip("0123456789") for path in steps}
+        prefix = prefixes.pop() if len(prefixes) == 1 else ""
         return f"There are weights in {listed}: if these are the candidates, write '{directory}/{prefix}*'."
     return f"There are weights in {listed}: name that folder itself, as in {str(min(subdirectories))!r}."
 

@@ -103,8 +103,8 @@ def select(
     lines = []
     if wanted.must_match and (dropped := [n for n in candidates[-1].names() if matches_any(n, wanted.ignore)]):
         lines.append(
-            f"{candidates[-1].label}: {quoted(dropped)} are left out (`--ignore`). An average of these candidates "
-            "lacks them, and from_pretrained initializes them again."
+            f"{candidates[-1].label}: `--ignore` leaves out {quoted(dropped)}. An average of these candidates lacks "
+            "what is left out, and from_pretrained initializes it again."
         )
     if left_out:
         first_ignored = next(iter(left_out.values()))

@@ -50,6 +50,11 @@ class ViewAsRealEngine(EngineView):
         """Return the memory of a local span in the model."""
         return real_view(self._engine.live(self._halved(span))).view(-1)
 
+    def low_precision(self, span: Span) -> torch.Tensor | None:
+        """Return the low-precision copy of a local span that forward passes use, if there is one."""
+        low = self._engine.low_precision(self._halved(span))
+        return None if low is None else real_view(low).view(-1)
+
     def units(self) -> list[list[Span]]:
         """Return the spans that the model uses at once."""
         return [[self._doubled(span) for span in unit] for unit in self._engine.units()]

@@ -11,7 +11,6 @@ from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.module_names import name_unwrapper
 from twa_scale.engines.parameters import (
     mark_attached,
-    memory_version,
     named_parameters,
     parameter_locations,
     persistent_buffers,
@@ -37,7 +36,7 @@ class DDPEngine(Engine):
         self._model = model
         parameters, self.parameters = named_parameters(model)
         require_separate(parameters)
-        self._replicated, self._locations = parameters, parameter_locations(model)
+        self._locations = parameter_locations(model)
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)
         self.replica_group = replica_group
@@ -67,7 +66,7 @@ class DDPEngine(Engine):
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of each parameter's memory."""
         require_same_parameters(self._locations)
-        return {name: memory_version(self._replicated[name]) for name in names}
+        return self._averaged.changed(names) | self._ignored.changed(names)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers."""

@@ -133,6 +133,10 @@ class Engine(metaclass=_CheckedMeta):
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of a local span in the model, as a 1-D contiguous view."""
 
+    def low_precision(self, span: Span) -> torch.Tensor | None:
+        """Return the low-precision copy of a local span that forward passes use, or None if they use `live`."""
+        return None
+
     @abstractmethod
     def publish(self, names: Collection[str]) -> None:
         """Make writes to `live` of these parameters visible to the next forward pass. Collective."""

@@ -75,14 +75,17 @@ class ShardedDDPEngine(Engine):
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of the parameter."""
-        return flat_view(span.name, self._parameters[span.name])[span.start : span.stop]
+        return self._flat(span.name)[span.start : span.stop]
+
+    def _flat(self, name: str) -> torch.Tensor:
+        return flat_view(name, self._parameters[name], self.parameters[name].shape)
 
     def publish(self, names: Collection[str]) -> None:
         """Broadcast the tensors from their owners, in buckets."""
         for rank in range(self.shard_group.size):
             owned = {n: self._parameters[n] for n, owner in self._owner.items() if owner == rank and n in names}
             for bucket in buckets(owned):
-                tensors = [flat_view(name, owned[name]) for name in bucket]
+                tensors = [self._flat(name) for name in bucket]
                 packed = torch.cat(tensors)
                 self.shard_group.copy_from(rank, packed)
                 for tensor, values in zip(tensors, packed.split([len(t) for t in tensors]), strict=True):

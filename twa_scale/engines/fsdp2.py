@@ -70,7 +70,8 @@ class FSDP2Engine(Engine):
         self._owned: dict[str, tuple[Span, int, int]] = {}  # the span, and its start and stop in the local part
         self._replicated: list[ReplicatedParameters] = []
         with self.shard_group.agree():
-            self._local = {name: flat_view(name, p.to_local()) for name, p in self._sharded.items()}
+            local = {name: p.to_local() for name, p in self._sharded.items()}
+            self._local = {name: flat_view(name, part, part.shape) for name, part in local.items()}
             spans = {name: mesh.span(name, p) for name, p in self._sharded.items()}
         self._assign_owners(mesh, spans)
         replicated = {name: p for name, p in parameters.items() if name not in self._sharded}

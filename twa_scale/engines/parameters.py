@@ -1,7 +1,7 @@
 """Functions that engines share: names, locations and memory of the parameters and buffers of a module."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import TypeVar
 
@@ -167,6 +167,16 @@ def was_replaced(name: str) -> EngineError:
     )
 
 
+def require_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    """Check that a parameter has the shape that it had at attach. Kernels would write outside of smaller memory.
+
+    Raises:
+        EngineError: `.data` was replaced by memory of another shape.
+    """
+    if tensor.shape != shape:
+        raise was_replaced(name)
+
+
 def memory_version(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the address of a tensor's memory and its version: the number of in-place writes by torch."""
     return tensor.data_ptr(), number_of_writes(tensor)
@@ -195,12 +205,18 @@ def flat_gradient(gradient: torch.Tensor) -> torch.Tensor:
     return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)
 
 
-def flat_view(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def flat_view(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Return a 1-D view of a parameter's memory.
 
+    Args:
+        name: the name of the parameter, for messages.
+        tensor: the parameter.
+        shape: its shape at attach.
+
     Raises:
-        EngineError: the memory is not row-major, so there is no such view.
+        EngineError: the parameter has another shape, or its memory is not row-major, so that there is no such view.
     """
+    require_shape(name, tensor, shape)
     if not tensor.is_contiguous():
         raise EngineError(
             f"parameter {name!r} is not contiguous in memory (channels_last, perhaps), so its spans cannot be written "

@@ -18,7 +18,7 @@ from twa_scale.engines.parameters import (
     persistent_buffers,
     require_same_parameters,
     require_separate,
-    was_replaced,
+    require_shape,
 )
 from twa_scale.engines.projected_gradients import ProjectedGradients
 from twa_scale.errors import EngineError
@@ -46,7 +46,8 @@ class PlainEngine(Engine):
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of the parameter."""
-        return flat_view(span.name, self._parameters[span.name])[span.start : span.stop]
+        parameter, shape = self._parameters[span.name], self.parameters[span.name].shape
+        return flat_view(span.name, parameter, shape)[span.start : span.stop]
 
     def publish(self, names: Collection[str]) -> None:
         """Do nothing, because `live` is the memory that the model uses."""
@@ -59,8 +60,7 @@ class PlainEngine(Engine):
         """
         require_same_parameters(self._locations)
         for name in names:
-            if self._parameters[name].shape != self.parameters[name].shape:
-                raise was_replaced(name)
+            require_shape(name, self._parameters[name], self.parameters[name].shape)
         return {name: memory_version(self._parameters[name]) for name in names}
 
     def buffers(self) -> dict[str, torch.Tensor]:

@@ -14,28 +14,31 @@ from twa_scale.engines.dtensor_spans import like_parameter
 from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 
+_TORCH = ("_current_graph_task_id", "_disabled_torch_function_impl", "_set_throw_on_mutable_data_ptr")
 _NORMS = {"aten::_foreach_norm", "aten::linalg_vector_norm", "aten::norm"}
-"""Operations that are no use of a gradient: trainers log its norm, also when they do not clip."""
+"""Operations that read a gradient only: trainers log its norm, also when they do not clip."""
 
 
 class ProjectedGradient(torch.Tensor):
-    """A tensor of zeros without memory. Copies of it, and what is saved of it in a file, are tensors of zeros.
+    """A tensor of zeros without memory. Copies of it, and what is saved or printed of it, are tensors of zeros.
 
     Args:
         like: has the shape, strides and device.
         dtype: the type of the elements.
-        on_use: called before each operation on the tensor, except norms.
+        on_use: called before each operation on the tensor, with whether it is a norm.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
 
-    def __new__(cls, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[], None]) -> "ProjectedGradient":
-        """Make the tensor. Its storage has no bytes, so code that reads or shares storages finds nothing to read."""
-        return torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[bool], None]) -> "ProjectedGradient":
+        """Make the tensor. Its storage has no bytes and no address, for code that reads or shares the memory."""
+        mark = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=dtype, device=like.device, storage_size=0
         )
+        torch._C._set_throw_on_mutable_data_ptr(mark)
+        return mark
 
-    def __init__(self, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[], None]) -> None:
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[bool], None]) -> None:
         super().__init__()
         self._on_use = on_use
 
@@ -54,8 +57,7 @@ class ProjectedGradient(torch.Tensor):
                 "hooks of the parameter are gone (`to()` of a module with DTensors removes them), or several threads "
                 "run backward. Attach after to(), and run backward in one thread."
             )
-        if operation._schema.name not in _NORMS:
-            mark._on_use()
+        mark._on_use(operation._schema.name in _NORMS)
         aliases = [argument.alias_info for argument in operation._schema.arguments]
         written = tree_leaves([value for value, alias in zip(args, aliases, strict=False) if alias and alias.is_write])
         if written and all(isinstance(value, cls) for value in written) and operation.namespace == "aten":
@@ -81,6 +83,22 @@ class ProjectedGradient(torch.Tensor):
         """Return zeros for other libraries, which would read the memory."""
         return self.clone().__dlpack__(**options)
 
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        """Return the text of zeros."""
+        return str(self.clone().__repr__(**options))
+
+    def tolist(self) -> Any:
+        """Return zeros."""
+        return self.clone().tolist()
+
+    def numpy(self, **options: Any) -> Any:
+        """Return zeros."""
+        return self.clone().numpy(**options)
+
+    def __array__(self, *arguments: Any, **options: Any) -> Any:
+        """Return zeros."""
+        return self.clone().__array__(*arguments, **options)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Return zeros."""
         return self.clone()
@@ -104,8 +122,8 @@ class ProjectedGradients:
     """
 
     def __init__(self, *, warns: bool) -> None:
-        require("torch", torch._C, ["_current_graph_task_id", "_disabled_torch_function_impl"])
-        self._warns = warns
+        require("torch", torch._C, _TORCH)
+        self._reports = {False, True} if warns else set[bool]()
         self._on_use = weak_method(self._warn)  # Python does not find cycles through the views of marks in DTensors
         self._marks: dict[str, torch.Tensor] = {}  # by name of the parameter; they are used again in the next step
         self._marked: dict[str, torch.Tensor] = {}  # the parameters whose gradient is a mark now
@@ -134,7 +152,7 @@ class ProjectedGradients:
         if gradient is mark:  # FSDP2 has replaced its local part by the next gradient
             assert isinstance(mark, DTensor)
             mark._local_tensor = ProjectedGradient(mark._local_tensor, mark.dtype, self._on_use)
-        elif mark is None or (mark.dtype, mark.device) != (gradient.dtype, gradient.device):
+        elif mark is None or (mark.dtype, mark.device) != (gradient.dtype, gradient.device) or _has_memory(mark):
             mark = self._marks[name] = self._mark(parameter, gradient.dtype)
         parameter.grad = mark
         self._marked[name] = parameter
@@ -142,7 +160,7 @@ class ProjectedGradients:
     @staticmethod
     def is_mark(gradient: torch.Tensor) -> bool:
         """Return whether a gradient, or the local part of it, is a mark."""
-        return isinstance(gradient.to_local() if isinstance(gradient, DTensor) else gradient, ProjectedGradient)
+        return isinstance(_local(gradient), ProjectedGradient)
 
     def remove(self) -> str | None:
         """Remove all marks. Return the name of a parameter whose mark was gone, or None."""
@@ -175,11 +193,22 @@ class ProjectedGradients:
         with torch.no_grad():
             return like_parameter(parameter, ProjectedGradient(parameter.to_local(), dtype, self._on_use))
 
-    def _warn(self) -> None:
-        if self._warns:
-            self._warns = False
-            notice(
-                "the gradients of this model are projected and freed during backward, so clipping, changing or zeroing "
-                "them has no effect. Set max_weight_grad_norm to clip them, or max_grad_norm to clip the gradient of "
-                "the coefficients. Call zero_grad() of the average to discard them."
-            )
+    def _warn(self, is_norm: bool) -> None:
+        if is_norm not in self._reports:
+            return
+        self._reports.remove(is_norm)
+        what = "their norm is 0" if is_norm else "clipping, changing or zeroing them has no effect"
+        notice(
+            f"the gradients of this model are projected and freed during backward, so {what}. Set "
+            "max_weight_grad_norm to clip them, or max_grad_norm to clip the gradient of the coefficients. Call "
+            "zero_grad() of the average to discard them."
+        )
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _has_memory(mark: torch.Tensor) -> bool:
+    """Return whether other code has given memory to a mark, as `to(dtype)` of a module does."""
+    return _local(mark).untyped_storage().nbytes() > 0

@@ -7,7 +7,7 @@ import torch
 
 from twa_scale.base.spans import Span, share
 from twa_scale.engines.engine import Consume
-from twa_scale.engines.parameters import flat_gradient, flat_view, memory_version, was_replaced
+from twa_scale.engines.parameters import flat_gradient, flat_view, memory_version, require_shape
 from twa_scale.ranks import Group
 
 _BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small compared with the model
@@ -45,7 +45,7 @@ class ReplicatedParameters:
         self, parameters: Mapping[str, torch.Tensor], group: Group, units: Mapping[str, int] | None = None
     ) -> None:
         self._parameters = parameters
-        self._sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._group = group
         self._units = units or {}
 
@@ -62,18 +62,17 @@ class ReplicatedParameters:
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the local memory of a span."""
-        return flat_view(span.name, self._parameters[span.name])[span.start : span.stop]
+        return self._flat(span.name)[span.start : span.stop]
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of the memory of those `names` that are held here.
 
         Raises:
-            EngineError: a parameter has another size than before.
+            EngineError: a parameter has another shape than before.
         """
         own = {name: self._parameters[name] for name in names if name in self._parameters}
         for name, parameter in own.items():
-            if parameter.numel() != self._sizes[name]:
-                raise was_replaced(name)
+            require_shape(name, parameter, self._shapes[name])
         return {name: memory_version(parameter) for name, parameter in own.items()}
 
     def consume(self, consume: Consume, average_over: Collection[Group]) -> None:
@@ -115,13 +114,16 @@ class ReplicatedParameters:
         for name in large:
             self._gather_in_pieces(name)
 
+    def _flat(self, name: str) -> torch.Tensor:
+        return flat_view(name, self._parameters[name], self._shapes[name])
+
     def _part(self, name: str, rank: int) -> tuple[int, int]:
         unit = self._units.get(name, 1)
         start, stop = share(self._parameters[name].numel() // unit, rank, self._group.size)
         return start * unit, stop * unit
 
     def _gather(self, names: list[str]) -> None:
-        tensors = [flat_view(name, self._parameters[name]) for name in names]
+        tensors = [self._flat(name) for name in names]
         size = self._group.size
         parts = [self._part(name, 0)[1] for name in names]
         local = tensors[0].new_zeros(sum(parts))
@@ -136,7 +138,7 @@ class ReplicatedParameters:
 
     def _gather_in_pieces(self, name: str) -> None:
         """Gather a large parameter in pieces, so that no second copy of it is in memory."""
-        tensor, size = flat_view(name, self._parameters[name]), self._group.size
+        tensor, size = self._flat(name), self._group.size
         part, (start, stop) = self._part(name, 0)[1], self._part(name, self._group.rank)
         full = tensor.numel() // part  # the number of ranks with a complete part; one more may hold the rest
         parts, rest = tensor[: full * part].view(full, part), tensor[full * part :]

@@ -41,6 +41,12 @@ class SplitEngine(EngineView):
         parent, start = self._parents[span]
         return self._engine.live(parent)[start : start + len(span)]
 
+    def low_precision(self, span: Span) -> torch.Tensor | None:
+        """Return the low-precision copy of a local span that forward passes use, if there is one."""
+        parent, start = self._parents[span]
+        low = self._engine.low_precision(parent)
+        return None if low is None else low[start : start + len(span)]
+
     def units(self) -> list[list[Span]]:
         """Return the spans that the model uses at once."""
         return [[part for span in unit for _, part in self.parts[span]] for unit in self._engine.units()]

@@ -66,6 +66,10 @@ class EngineView(Engine):
         """Return the memory of a local span in the model."""
         return self._engine.live(span)
 
+    def low_precision(self, span: Span) -> torch.Tensor | None:
+        """Return the low-precision copy of a local span that forward passes use, if there is one."""
+        return self._engine.low_precision(span)
+
     def publish(self, names: Collection[str]) -> None:
         """Make writes visible to the next forward pass."""
         self._engine.publish(names)

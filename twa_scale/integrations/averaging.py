@@ -1,5 +1,6 @@
 """The common part of the callbacks of all trainers: settings, averages, and the training of coefficients."""
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -102,20 +103,22 @@ class Averaging:
             if self.averages.has(name):
                 yield name, name.replace(":", "-")
 
-    def _report_at_start(self, model: Any, remaining: int) -> None:
-        """Report BatchNorm, and a window that will have too few snapshots when training ends. Call it on one rank.
-
-        Args:
-            model: the model.
-            remaining: the number of steps of the optimizer until training ends.
-        """
-        assert self.averages is not None
+    def _report_batchnorm(self, model: Any) -> None:
+        """Report BatchNorm statistics that do not belong to the averages. Call it on one rank."""
         if batchnorm_layers(model) and not (self._ema and self._ema.use_buffers):
             notice(
                 "TwaCallback: averages of this model are evaluated and saved with the BatchNorm statistics of the "
                 "trained weights, which can make them look worse. Set ema={'decays': [..], 'use_buffers': True}, or "
                 "call torch.optim.swa_utils.update_bn on a saved average."
             )
+
+    def _report_window(self, remaining: int) -> None:
+        """Report a window that will have too few snapshots when training ends. Call it on one rank.
+
+        Args:
+            remaining: the number of steps of the optimizer until training ends.
+        """
+        assert self.averages is not None
         if self._window is None:
             return
         steps = self.averages.num_steps + remaining
@@ -131,18 +134,25 @@ class Averaging:
                 f"{{'every': {self._window.every}}}, and {lost}. Make `every` or `start_step` smaller."
             )
 
-    def _learn_after(self, steps: int, learn: Callable[[], None]) -> None:
-        """Call `learn` if the window has enough snapshots. An error does not end a training that has succeeded.
+    def _learn_after(self, steps: int, learn: Callable[[Callable[[], None]], None], *, written: bool) -> None:
+        """Call `learn` if the window has enough snapshots. An error in it does not end a training that has succeeded.
 
         Args:
             steps: the steps of the training.
-            learn: trains the coefficients and writes the average in place of the one that is written already.
+            learn: trains the coefficients, calls its argument, and writes the average.
+            written: whether this rank has written an average, which `learn` replaces.
 
         Raises:
-            Exception: an error of `learn` after which the trained weights are lost.
+            Exception: an error of `learn` while it writes, or after which the trained weights are lost.
         """
         assert self.averages is not None
         count = len(self.averages.snapshot_steps)
+        is_writing = False
+
+        def begin_writing() -> None:
+            nonlocal is_writing
+            is_writing = True
+
         if count < 2:
             why = (
                 f"the window has {count} snapshots after {steps} steps, and learning needs two: nothing is learned. "
@@ -150,14 +160,15 @@ class Averaging:
             )
         else:
             try:
-                learn()
+                learn(begin_writing)
                 return
             except Exception as error:
-                if not self.averages.has_trained_weights:
+                if is_writing or not self.averages.has_trained_weights:
                     raise
-                why = f"the coefficients were not trained. {type(error).__name__}: {error}"
+                text = str(error) if isinstance(error, TwaError) else traceback.format_exc()
+                why = f"no learned average was written, because of an error. {text}"
         if self.averages.pods.rank == 0:
-            before = f" The average {self._which!r} was written before." if self.averages.has(self._which) else ""
+            before = f" The average {self._which!r} was written before." if written else ""
             notice(f"TwaCallback: {why}{before}")
 
     def _train_coefficients(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from inspect import signature
 from math import inf
 from pathlib import Path
@@ -113,8 +114,10 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         self._is_training = True
         self._wrap_validation()
         total = trainer.estimated_stepping_batches  # on each rank, because it may set up data
-        if trainer.is_global_zero and pl_module.automatic_optimization and total < inf and not trainer.fast_dev_run:
-            self._report_at_start(trainer.strategy.model, int(total) - trainer.global_step)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._report_batchnorm(trainer.strategy.model)
+            if pl_module.automatic_optimization and total < inf:
+                self._report_window(int(total) - trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Count a step if the optimizers do not. DeepSpeed has its own count."""
@@ -221,14 +224,15 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         if trainer.fast_dev_run:  # nothing is written
             return
         path = directory_for_average(trainer) / FILE
-        if averages.has(self._which):
+        if written := averages.has(self._which):
             with averages.weights(self._which):
                 self._save_average(path, averages.origin(self._which))
         if self._learn is not None:
-            self._learn_after(trainer.global_step, lambda: self._learn_and_write(trainer, pl_module, path))
+            learn = partial(self._learn_and_write, trainer, pl_module, path)
+            self._learn_after(trainer.global_step, learn, written=written)
 
-    def _learn_and_write(self, trainer: Any, pl_module: Any, path: Path) -> None:
-        """Train the coefficients of the window on training batches, and write the result."""
+    def _learn_and_write(self, trainer: Any, pl_module: Any, path: Path, begin_writing: Callable[[], None]) -> None:
+        """Train the coefficients of the window on training batches, and write the result after `begin_writing()`."""
         assert self.averages is not None and self._learn is not None
         with self.averages.learning(self._learn) as twa:
             with _not_logging(pl_module):
@@ -244,6 +248,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                 )
             if trainer.enable_validation:
                 trainer.callback_metrics.update(self._validated(None, "average"))
+            begin_writing()
             self._save_average(path, twa.origin(LEARNED))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

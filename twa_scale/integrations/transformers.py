@@ -1,6 +1,7 @@
 """Averages in the Trainer of transformers, and in its subclasses such as those of TRL."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -76,7 +77,8 @@ class TwaCallback(Averaging, _CheckedCallback):
             notice(f"{checkpoint}: has no averages; new ones start at step {state.global_step}. {_KILLED}")
         self._wrap_evaluate()
         if state.is_world_process_zero:
-            self._report_at_start(self._trainer.model_wrapped, state.max_steps - state.global_step)
+            self._report_batchnorm(self._trainer.model_wrapped)
+            self._report_window(state.max_steps - state.global_step)
             self._check_best(args)
 
     def _check_best(self, args: Any) -> None:
@@ -118,10 +120,10 @@ class TwaCallback(Averaging, _CheckedCallback):
         if best is not None and not self.averages.load_state(best) and state.is_world_process_zero:
             notice(f"{best}: has no averages; those that are written are of the last step, not of the best checkpoint.")
         directory = Path(args.output_dir) / AVERAGE
-        self._write(directory)
+        written = self._write(directory)
         if self._learn is not None:
-            batches = kwargs["train_dataloader"]
-            self._learn_after(state.global_step, lambda: self._learn_and_write(directory, batches))
+            learn = partial(self._learn_and_write, directory, kwargs["train_dataloader"])
+            self._learn_after(state.global_step, learn, written=written)
 
     def _wrap_evaluate(self) -> None:
         """Show the average in the Trainer's evaluations during training. The Trainer has no event before them."""
@@ -166,13 +168,15 @@ class TwaCallback(Averaging, _CheckedCallback):
     def _unwrap_evaluate(self) -> None:
         self._trainer.evaluate = self._evaluate
 
-    def _write(self, directory: Path) -> None:
-        """Save the average with the Trainer, as it saves its model."""
+    def _write(self, directory: Path) -> bool:
+        """Save the average with the Trainer, as it saves its model. Return whether it has written weights."""
         assert self.averages is not None
-        if self.averages.has(self._which):
-            with self.averages.weights(self._which):
-                written = self._save_model(directory)
-            self._describe(directory, self.averages.origin(self._which), written=written)
+        if not self.averages.has(self._which):
+            return False
+        with self.averages.weights(self._which):
+            written = self._save_model(directory)
+        self._describe(directory, self.averages.origin(self._which), written=written)
+        return written
 
     def _save_model(self, directory: Path) -> bool:
         """Save the weights in the model with the Trainer, and return whether it has written them.
@@ -189,8 +193,8 @@ class TwaCallback(Averaging, _CheckedCallback):
             )
         return written
 
-    def _learn_and_write(self, directory: Path, batches: Any) -> None:
-        """Train the coefficients of the window on training batches, and write the result."""
+    def _learn_and_write(self, directory: Path, batches: Any, begin_writing: Callable[[], None]) -> None:
+        """Train the coefficients of the window on training batches, and write the result after `begin_writing()`."""
         assert self.averages is not None and self._evaluate is not None
         trainer = self._trainer
         with self.averages.learning(self._learn) as twa:
@@ -198,6 +202,7 @@ class TwaCallback(Averaging, _CheckedCallback):
             if trainer.eval_dataset is not None:
                 with added_metrics_as(trainer, "eval_average"):
                     self._evaluate(metric_key_prefix="eval_average")
+            begin_writing()
             written = self._save_model(directory)
             self._describe(directory, twa.origin(LEARNED), written=written)
 

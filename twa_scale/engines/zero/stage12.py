@@ -83,6 +83,10 @@ class Zero12Engine(ZeroEngine):
         offset = self._spans[span.name].start
         return self._masters[span.name][span.start - offset : span.stop - offset]
 
+    def low_precision(self, span: Span) -> torch.Tensor | None:
+        """Return this rank's part of the low-precision weights."""
+        return self._low[span.name].detach().view(-1)[span.start : span.stop] if span.name in self._spans else None
+
     @torch.no_grad()
     def publish(self, names: Collection[str]) -> None:
         """Round the float32 weights to the low-precision ones, and all-gather these, as `engine.step` does."""

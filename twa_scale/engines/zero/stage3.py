@@ -75,23 +75,38 @@ class Zero3Engine(ZeroEngine):
         offset = self._spans[span.name].start
         return self._live[span.name][span.start - offset : span.stop - offset]
 
+    def low_precision(self, span: Span) -> torch.Tensor | None:
+        """Return the low-precision partition that this rank owns."""
+        if span.name not in self._trained:
+            return None
+        offset = self._spans[span.name].start
+        return self._low(span.name)[span.start - offset : span.stop - offset]
+
+    def _low(self, name: str) -> torch.Tensor:
+        low: torch.Tensor = self._trained[name].ds_tensor.detach().view(-1)
+        return low[: len(self._spans[name])]
+
     @torch.no_grad()
     def publish(self, names: Collection[str]) -> None:
         """Round the float32 partitions to the low-precision ones, and gather persistent parameters again.
 
         Parameters that a forward pass left gathered are partitioned, so that the next one gathers the new weights.
         """
-        for name, parameter in self._trained.items():
+        for name in self._trained:
             if name in names:
-                parameter.ds_tensor.view(-1)[: len(self._spans[name])].copy_(self._live[name])
+                self._low(name).copy_(self._live[name])
         offload = self._optimizer.parameter_offload
         offload.partition_all_parameters()
         if offload.persistent_parameters:
             offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return address and version of this rank's float32 partitions."""
-        return {name: memory_version(self._live[name]) for name in self._trained if name in names}
+        """Return address and version of this rank's float32 partitions, and of the low-precision ones."""
+        return {
+            name: (memory_version(self._live[name]), memory_version(p.ds_tensor))
+            for name, p in self._trained.items()
+            if name in names
+        }
 
     def drain(self) -> None:
         """Pass on this rank's part of the averaged gradients.
