@@ -276,3 +276,11 @@ def test_unsupported_trainer_settings_raise(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(ConfigError, match=r"needs that of twa_scale\.integrations\.transformers"):
         Trainer(network(), args, callbacks=[averaging])
+
+
+@pytest.mark.slow
+def test_batchnorm_is_reported_also_with_manual_optimization(tmp_path: Path) -> None:
+    module = Module(True)
+    module.net.append(torch.nn.BatchNorm1d(6))
+    with pytest.warns(TwaWarning, match="BatchNorm statistics"):
+        trainer_with("manual", tmp_path, TwaCallback(ema=[DECAY])).fit(module, data())
