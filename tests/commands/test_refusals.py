@@ -1,7 +1,9 @@
 """Invalid input at the command line: exit code 2, one message that names the problem, no traceback, no output."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.commands.conftest import CommandResult, TrainedCandidates
 from tests.commands.small_runs import run_here, settings
 from tests.pool import Pool
-from twa_scale.errors import TwaError
+from twa_scale.errors import OutputError, TwaError
 
 KINDS = r"(bad configuration|ConfigError|CandidateError|EngineError|OutputError|StateError|NotFiniteError|TwaError): "
 
@@ -344,3 +346,27 @@ def test_invalid_runs_raise_on_every_rank(ranks: Pool, scores: TrainedCandidates
     ):
         data = settings(scores.candidates, scores.task, tmp_path / "out") | changes
         assert isinstance(ranks.error(run_here, 2, data=data), TwaError)
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "state.pt"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_files_of_others_in_the_output_are_kept(
+    scores: TrainedCandidates, tmp_path: Path, name: str, resume: bool
+) -> None:
+    """A run would replace them, such as the configuration of a model that was saved there."""
+    content = json.dumps({"model_type": "bert"}).encode()
+    (tmp_path / name).write_bytes(content)
+    message = "is not a run state" if resume and name == "state.pt" else f"holds '{name}', which the run would replace"
+    with pytest.raises(TwaError, match=message):
+        run_here(settings(scores.candidates, scores.task, tmp_path, resume=resume))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+def test_an_output_that_is_a_candidate_is_refused(scores: TrainedCandidates, tmp_path: Path) -> None:
+    for source in sorted(Path(scores.candidates).parent.glob(Path(scores.candidates).name)):
+        shutil.copytree(source, tmp_path / source.name)
+    output = min(tmp_path.iterdir())
+    before = sorted(path.name for path in output.iterdir())
+    with pytest.raises(OutputError, match="is a candidate"):
+        run_here(settings(f"{tmp_path}/*", scores.task, output))
+    assert sorted(path.name for path in output.iterdir()) == before

@@ -92,7 +92,7 @@ def learned(
     return twa.coefficients, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def train(kind: str, directory: Path, resume: str | None = None, **options: Any) -> Trainer:
+def train(kind: str, directory: Path, resume: str | None = None, *, whole: bool = True, **options: Any) -> Trainer:
     """Train a small GPT-2 for six steps of two batches, with a checkpoint at each step."""
     model = build(0)
     set_seed(0)

@@ -1,6 +1,7 @@
 """The data of `sequence_classification`: records, pairs of texts, and numbers to predict."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from tests.sentences import SENTENCES
 from twa_scale.base.notices import TwaWarning
@@ -134,3 +135,30 @@ def test_other_names_than_those_of_the_model_are_reported(bert: str, tmp_path: P
     with pytest.warns(TwaWarning, match=r"numbered in sorted order, .*other names: 'up', 'down', but not 'Down'"):
         task = task_of(model, train=path)
     assert [task.dataset("train")[i]["labels"].item() for i in range(3)] == [1, 0, 1]
+
+
+def test_a_label_that_the_head_of_the_model_lacks_is_named(bert: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", TABLE | {"class": [1, 7, 0]})
+    with pytest.raises(ConfigError, match=r"a\.csv, line 3: label 7, but the head of .* has 2 classes"):
+        task_of(bert, train=path)
+    model: Any = task_of(bert, train=path, num_labels=8).model()
+    assert model.classifier.out_features == 8
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("bert", 20), ("roberta", 19), ("gpt2", 20), ("deberta-v2", 1000)])
+def test_a_length_that_the_model_does_not_allow_is_refused(bert: str, tmp_path: Path, kind: str, longest: int) -> None:
+    """RoBERTa does not use its positions up to that of padding, DeBERTa has only relative ones."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    vocabulary = {"vocab_size": 30, "max_position_embeddings": 20, "pad_token_id": 0}
+    relative = {"relative_attention": True, "position_biased_input": False} if kind == "deberta-v2" else {}
+    model = shutil.copytree(bert, tmp_path / "model")
+    AutoConfig.for_model(kind, **sizes, **vocabulary, **relative).save_pretrained(model)
+    path = write(tmp_path / "a.csv", TABLE)
+    task = task_of(str(model), train=path, max_length=longest)
+    text = {name: torch.full((1, longest), 5) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        task.model()(**text)
+    if kind != "deberta-v2":
+        with pytest.raises(ConfigError, match=f"longer than the model allows. Use at most {longest}"):
+            task_of(str(model), train=path, max_length=longest + 1)
+        assert len(task_of(str(model), train=path, max_length=None).dataset("train")[0]["input_ids"]) == longest

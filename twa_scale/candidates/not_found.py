@@ -1,5 +1,6 @@
 """The error message for a directory that is not a candidate, with the missing files and a suggestion."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from twa_scale.candidates.other_formats import named_format
 from twa_scale.candidates.steps import step_of
 from twa_scale.errors import CandidateError
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _MAX_SEEN = 1000  # folders that are searched
 _MAX_DEPTH = 2  # as deep as the snapshots in a cache of the Hugging Face hub
 
@@ -38,6 +40,11 @@ def refusal(directory: Path) -> CandidateError:
     ):
         return CandidateError(f"{directory}: is no candidate: {format_name}")
     files = [name for name in names if name.endswith(".safetensors")]
+    if files and all(map(_SHARD.search, files)):
+        return CandidateError(
+            f"{directory}: is no candidate: it holds {quoted(files)}, but not their index "
+            "(model.safetensors.index.json). Copy it from where the checkpoint was saved, or save the checkpoint again."
+        )
     several = f", but {len(files)} *.safetensors files without an index ({quoted(files)})" if files else ""
     odd = [path.name for path in directory.iterdir() if is_weights(path.name) and not (path.is_file() or path.is_dir())]
     irregular = f" {quoted(odd)} exists, but is not a regular file, or is a broken link." if odd else ""

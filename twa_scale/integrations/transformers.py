@@ -73,6 +73,8 @@ class TwaCallback(Averaging, _CheckedCallback):
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
+        if (fix := _fix_of_saving(self._trainer)) and self._learn is not None:
+            raise ConfigError(f"TwaCallback: the Trainer would not write the learned average. {fix}")
         if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
             notice(f"{checkpoint}: has no averages; new ones start at step {state.global_step}. {_KILLED}")
         self._wrap_evaluate()
@@ -188,8 +190,7 @@ class TwaCallback(Averaging, _CheckedCallback):
         written = any(name.endswith((".safetensors", ".bin")) for name in files)
         if self._trainer.args.should_save and not written:
             notice(
-                f"{directory}: the Trainer has written no weights of the average there. With FSDP set "
-                "fsdp_state_dict_type: FULL_STATE_DICT; with ZeRO-3 stage3_gather_16bit_weights_on_model_save: true."
+                f"{directory}: the Trainer has written no weights of the average there. {_fix_of_saving(self._trainer)}"
             )
         return written
 
@@ -227,6 +228,17 @@ class TwaCallback(Averaging, _CheckedCallback):
                 log_every=int(trainer.state.logging_steps),  # in the arguments, it may be a fraction of the steps
                 log=trainer.log,
             )
+
+
+def _fix_of_saving(trainer: Any) -> str:
+    """Return the setting with which the Trainer saves whole weights, or an empty text if it does."""
+    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        return "Set state_dict_type: FULL_STATE_DICT of FSDP."
+    engine = trainer.model_wrapped
+    is_partitioned = trainer.is_deepspeed_enabled and engine.zero_optimization_partition_weights()
+    if is_partitioned and not engine.zero_gather_16bit_weights_on_model_save():
+        return "Set stage3_gather_16bit_weights_on_model_save: true of DeepSpeed."
+    return ""
 
 
 class CoefficientsCallback(_CheckedCallback):

@@ -136,13 +136,24 @@ def _title(origin: Mapping[str, Any]) -> str:
 def _description(origin: Mapping[str, Any]) -> str:
     """Return a sentence that describes the weights."""
     if origin.get("candidates"):
-        return "The weights are the sum of a · w over the checkpoints w below, with the coefficients a."
+        sum_ = "The weights are the sum of a · w over the checkpoints w below, with the coefficients a."
+        return sum_ + _rounding(origin)
     sentences = [_code(str(origin["asked"]))] if "asked" in origin else []
     ema = origin.get("ema", {})
     sentences += [f"{key.replace('_', '-')} {ema[key]}" for key in ("decay", "half_life") if key in ema]
     named = f" ({', '.join(sentences)})" if sentences else ""
     step = f" at step {origin['step']}" if "step" in origin else ""
     return f"The weights are {origin['wrote']}{named}{step}."
+
+
+def _rounding(origin: Mapping[str, Any]) -> str:
+    """Return a sentence about the number format in which the checkpoints were held, if it is packed."""
+    settings = origin.get("config", origin.get("window"))
+    store = str(settings.get("store", "")) if isinstance(settings, Mapping) else ""
+    if not store.startswith("packed"):
+        return ""
+    bits = _count(int(store.removeprefix("packed")), "bit")
+    return f" Each w was held with its differences rounded to {bits} for each element (`{store}`)."
 
 
 def _method(origin: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from twa_scale.base.inputs import open_regular
 from twa_scale.base.paths import path_of
+from twa_scale.base.sizes import size_text
 from twa_scale.errors import OutputError
 from twa_scale.output.exchange import exchange
 from twa_scale.output.overwriting import check_replaceable
@@ -82,8 +83,8 @@ def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise OutputError(
-            f"{target}: needs {nbytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free there. Free some "
-            "space, or choose another disk."
+            f"{target}: needs {size_text(nbytes)}, but only {size_text(free)} are free there. Free some space, or "
+            "choose another disk."
         )
 
 

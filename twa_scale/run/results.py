@@ -15,6 +15,7 @@ from twa_scale.base.clock import read_bandwidth
 from twa_scale.base.process_memory import peak_resident
 from twa_scale.output.publish import replace_file
 from twa_scale.ranks import Group
+from twa_scale.run.own_files import PICTURE, ROWS_PICTURE
 from twa_scale.run.records import read_records
 from twa_scale.run.resume import SUMMARY
 from twa_scale.version import __version__
@@ -84,11 +85,11 @@ def _draw_pictures(output: Path, twa: TrainableAverage, rows: Mapping[str, npt.N
     from twa_scale.run.plots import plot_rows, plot_training
 
     plot_training(
-        output / "coefficients.png",
+        output / PICTURE,
         twa.coefficients.cpu().numpy(),
         [Path(label).name for label in twa.fingerprint.labels],
         list(twa.layout.groups),
         read_records(output),
     )
     if rows:
-        plot_rows(output / "rows.png", rows)
+        plot_rows(output / ROWS_PICTURE, rows)

@@ -1,6 +1,7 @@
 """The file of a run state: written atomically, with a checksum; the previous state is kept."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -45,6 +46,15 @@ def save_state(output: Path, state: Mapping[str, Any]) -> None:
         replace_file(output / STATE, _header(content) + content)
     finally:
         remove_unused_rows(output)
+
+
+def has_state(output: Path) -> bool:
+    """Return whether `save_state` has written a file into `output`, damaged or not."""
+    for name in (STATE, PREVIOUS):
+        with suppress(OSError), (output / name).open("rb") as file:
+            if file.read(len(_MAGIC)) == _MAGIC:
+                return True
+    return False
 
 
 def load_state(

@@ -1,6 +1,8 @@
 """The task `sequence_classification`: a Hugging Face model with a head for classes or numbers, on labeled text."""
 
 from collections.abc import Iterator
+from itertools import islice
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from twa_scale.run.tasks.tables import rows
 from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
 from twa_scale.run.tasks.text_examples import TextExamples
 
+_LENGTH = 128  # tokens
 Problem = Literal["classification", "regression"]
 
 
@@ -45,7 +48,11 @@ class SequenceClassificationOptions(Section):
         None,
         description="Number of classes. By default it follows from the labels or the model's configuration.",
     )
-    max_length: Count = Field(128, description="Maximum length in tokens. Longer texts are truncated.")
+    max_length: Count | None = Field(
+        None,
+        description="Maximum length in tokens. Longer texts are truncated. The default is 128, or the number of the "
+        "model's positions if it is smaller.",
+    )
 
     @model_validator(mode="after")
     def _some_data(self) -> "SequenceClassificationOptions":
@@ -83,6 +90,7 @@ class SequenceClassification:
         config.problem_type = "regression" if self.problem == "regression" else "single_label_classification"
         config.pad_token_id = self._tokenizer.pad_token_id
         self._config = config
+        self._length = self._checked_length()
         self._datasets: dict[str, TextExamples] = {}
 
     def model(self) -> nn.Module:
@@ -90,15 +98,15 @@ class SequenceClassification:
         return huggingface.build_model("AutoModelForSequenceClassification", self._config)
 
     def dataset(self, split: str) -> TextExamples:
-        """Return examples {"input_ids", "attention_mask": int64 (max_length,), "labels": int64 or float32 scalar}.
+        """Return examples {"input_ids", "attention_mask": int64 (length,), "labels": int64 or float32 scalar}.
 
         Pairs of texts also have "token_type_ids", if the tokenizer returns them.
         """
         require_split(split, self._files)
         if split not in self._datasets:
             vocabulary = getattr(self._config.get_text_config(), "vocab_size", len(self._tokenizer))
-            length, labels = self._options.max_length, self._labels[split]
-            examples = TextExamples(self._tokenizer, vocabulary, length, labels, f"task.{split}")
+            labels = self._labels[split]
+            examples = TextExamples(self._tokenizer, vocabulary, self._length, labels, f"task.{split}")
             examples.add((location, [str(text) for text in texts]) for location, texts, _ in self._rows(split))
             self._datasets[split] = examples
         return self._datasets[split]
@@ -117,6 +125,14 @@ class SequenceClassification:
             return classification_metrics(outputs, labels)
         errors = outputs.squeeze(-1).float() - labels
         return {"loss": (errors.square().sum(), len(labels)), "absolute_error": (errors.abs().sum(), len(labels))}
+
+    def _checked_length(self) -> int:
+        with torch.device("meta"):
+            limit = _longest_input(huggingface.build_model("AutoModelForSequenceClassification", self._config))
+        length = self._options.max_length
+        if length is not None and length > limit:
+            raise ConfigError(f"task.max_length: {length} is longer than the model allows. Use at most {limit}.")
+        return length or int(min(_LENGTH, limit))
 
     def _rows(self, split: str) -> Iterator[tuple[str, list[Any], Any]]:
         """Yield the place of each record for messages, its texts and its label."""
@@ -144,9 +160,34 @@ class SequenceClassification:
     def _classes(self, labels: dict[str, list[Any]], config: Any) -> dict[str, Tensor]:
         named: dict[str, list[Label]] = {split: class_labels(column) for split, column in labels.items()}
         number_of = numbering(named, config.label2id)
+        if self._options.num_labels is None:
+            self._require_known(named, config)
         self.num_labels = self._options.num_labels or len(number_of)
         classes = {split: torch.tensor([number_of[label] for label in column]) for split, column in named.items()}
         return {s: integer_labels(column, self.num_labels, str(self._files[s][0])) for s, column in classes.items()}
+
+    def _require_known(self, named: dict[str, list[Label]], config: Any) -> None:
+        """Check that a model with a trained head has an output for each label that is a number."""
+        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+            return
+        for split, column in named.items():
+            for i, label in enumerate(column):
+                if isinstance(label, int) and label >= config.num_labels:
+                    location, *_ = next(islice(self._rows(split), i, None))
+                    raise ConfigError(
+                        f"{location}: label {label!r}, but the head of {self._options.model!r} has {config.num_labels} "
+                        "classes. Correct the label, or, if the candidates have more classes, set task.num_labels."
+                    )
+
+
+def _longest_input(model: nn.Module) -> float:
+    """Return the number of positions of a model that adds embeddings of them."""
+    sizes = [inf]
+    for name, table in model.named_modules():
+        if name.endswith((".position_embeddings", ".wpe")) and isinstance(table, nn.Embedding):
+            first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
+            sizes.append(table.num_embeddings - first)
+    return min(sizes)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 from rich.table import Table
 
+from twa_scale.base.sizes import size_text
 from twa_scale.tools.bench.planned import Forecast
 from twa_scale.tools.bench.stores import Bench
 from twa_scale.tools.bench.timing import Measured
-from twa_scale.tools.planning.plan_tables import human_bytes
 
 
 def bench_json(bench: Bench, files: Sequence[Measured] = (), expected: Forecast | None = None) -> str:
@@ -48,7 +48,7 @@ def bench_table(bench: Bench, files: Sequence[Measured] = (), expected: Forecast
     for section, rows in sections.items():
         for i, row in enumerate(rows):
             share = f"{row.rate / bench.read:.0%}"
-            cells = (f"{1e3 * row.seconds:.3f}", human_bytes(row.nbytes), f"{row.rate / 1e9:.1f}", share)
+            cells = (f"{1e3 * row.seconds:.3f}", size_text(row.nbytes), f"{row.rate / 1e9:.1f}", share)
             table.add_row(section if i == 0 else "", row.name, *cells)
         table.add_section()
     return table

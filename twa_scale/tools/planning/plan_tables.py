@@ -9,17 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from twa_scale.base.names import plural
+from twa_scale.base.sizes import size_text
 from twa_scale.tools.planning.choices import Choices
 from twa_scale.tools.planning.plan import Plan
-
-
-def human_bytes(nbytes: float) -> str:
-    """Return a number of bytes as text, such as "1.2 MB" for 1234567."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def plan_json(plan: Plan, choices: Choices) -> str:
@@ -40,15 +32,15 @@ def averages_table(bytes_by_part: Mapping[str, int], ranks: int) -> Table:
     table.add_column("per rank, in addition to the weights")
     table.add_column("bytes", justify="right")
     for name, nbytes in {**bytes_by_part, "sum": sum(bytes_by_part.values())}.items():
-        table.add_row(name, human_bytes(nbytes))
+        table.add_row(name, size_text(nbytes))
     return table
 
 
 def _stores_table(choices: Choices) -> Table:
-    caption = f"memory of a rank: {human_bytes(choices.memory)}, {_source(choices.assumed, '--memory')}"
+    caption = f"memory of a rank: {size_text(choices.memory)}, {_source(choices.assumed, '--memory')}"
     if choices.configured_choice.host:
         source = _source(choices.host_assumed, "--host-memory")
-        caption += f"; host memory of a rank: {human_bytes(choices.host_memory)}, {source}"
+        caption += f"; host memory of a rank: {size_text(choices.host_memory)}, {source}"
     table = Table(title="stores, per rank", caption=caption)
     for column in ("store", "bytes", "peak", "moved in a step", "fits"):
         table.add_column(column, justify="left" if column in ("store", "fits") else "right")
@@ -56,10 +48,10 @@ def _stores_table(choices: Choices) -> Table:
         is_configured = choice.store == choices.configured
         fits = f"no: {choice.obstacle}" if choice.obstacle else "yes" if choice.fits else "no"
         if choice.page_cache:
-            fits += f", with {human_bytes(choice.page_cache)} of page cache"
+            fits += f", with {size_text(choice.page_cache)} of page cache"
         if choice.host:
-            fits += f", with {human_bytes(choice.host)} of host memory"
-        sizes = (human_bytes(size) for size in (choice.nbytes, choice.peak, sum(choice.moved.values())))
+            fits += f", with {size_text(choice.host)} of host memory"
+        sizes = (size_text(size) for size in (choice.nbytes, choice.peak, sum(choice.moved.values())))
         table.add_row(
             choice.store + (", configured" if is_configured else ""),
             *sizes,
@@ -93,6 +85,6 @@ def _plan_table(plan: Plan) -> Table:
     }
     for section, rows in sections.items():
         for i, (name, nbytes) in enumerate(rows.items()):
-            table.add_row(section if i == 0 else "", name, human_bytes(nbytes))
+            table.add_row(section if i == 0 else "", name, size_text(nbytes))
         table.add_section()
     return table

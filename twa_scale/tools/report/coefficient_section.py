@@ -7,6 +7,7 @@ from typing import Any
 
 from twa_scale.average.measures import COEFFICIENTS
 from twa_scale.base.names import plural
+from twa_scale.base.sizes import size_text
 from twa_scale.tools.report.coefficients import OUTSIDE, Coefficients, merged
 from twa_scale.tools.report.elements import Content, Html, el, joined, table
 from twa_scale.tools.report.heat import heat_map, most_columns
@@ -184,14 +185,6 @@ def _size(path: str) -> str:
         return size_text(sum(file.stat().st_size for file in files)) if files else "deleted"
     except OSError:
         return "unknown"
-
-
-def size_text(nbytes: float) -> str:
-    """Return a number of bytes as text."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}"
-    return f"{nbytes:.0f} bytes"
 
 
 def _count(count: int, noun: str) -> str:

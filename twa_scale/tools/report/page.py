@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from twa_scale.average.measures import COEFFICIENTS, DISTANCE, EFFECTIVE
+from twa_scale.base.sizes import size_text
 from twa_scale.config import RunConfig, flattened
 from twa_scale.run import comparison
 from twa_scale.run.search import rows as rows_of_search
-from twa_scale.tools.report.coefficient_section import coefficient_section, mean_distance, size_text
+from twa_scale.tools.report.coefficient_section import coefficient_section, mean_distance
 from twa_scale.tools.report.curves import Curve, Level, chart
 from twa_scale.tools.report.elements import Content, Html, el, joined, table
 from twa_scale.tools.report.run_data import CONFIG, RunData, dumped

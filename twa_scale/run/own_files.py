@@ -1,0 +1,59 @@
+"""Checks that a run replaces only what earlier runs have written into its output directory."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from twa_scale.average.state import PREVIOUS, STATE, has_state
+from twa_scale.base.names import quoted
+from twa_scale.errors import OutputError
+from twa_scale.run.csv_file import CSV
+from twa_scale.run.records import METRICS
+from twa_scale.run.resume import SUMMARY
+
+CONFIG = "config.json"
+PICTURE = "coefficients.png"
+ROWS_PICTURE = "rows.png"
+_REPLACED = (CONFIG, METRICS, CSV, STATE, PREVIOUS, SUMMARY, PICTURE, ROWS_PICTURE)
+_KEYS = {"candidates", "output"}  # in the configuration of a run, not in that of a model
+
+
+def require_own_files(output: Path) -> None:
+    """Check that an earlier run has written the files that a run replaces.
+
+    Its config.json shows this, or if that is damaged, its state.
+
+    Raises:
+        OutputError: names the files of others, for example the config.json of a model; or `output` is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; the output is a directory. Choose another name.")
+    config = _object(output / CONFIG)
+    if (config is None and has_state(output)) or (config is not None and config.keys() >= _KEYS):
+        return
+    if others := [name for name in _REPLACED if os.path.lexists(output / name)]:
+        raise OutputError(
+            f"{output}: holds {quoted(others)}, which the run would replace, but no {CONFIG} of an earlier run. Choose "
+            f"another output directory, such as {str(output / 'twa')!r}."
+        )
+
+
+def require_no_candidate(output: Path, labels: Sequence[str]) -> None:
+    """Check that the output directory is no candidate.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if str(output.resolve()) in {str(Path(label).resolve()) for label in labels}:
+        raise OutputError(f"{output}: is a candidate. Choose another output directory.")
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
