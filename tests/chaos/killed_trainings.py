@@ -62,7 +62,7 @@ class Transformers:
     def do(self, directory: Path) -> None:
         whole = self.whole(directory)
         resume = str(whole[-1]) if whole else None
-        options = {"learn": train_transformers.LEARN, "learn_steps": 3}
+        options: dict[str, Any] = {"learn": train_transformers.LEARN, "learn_steps": 3}
         train_transformers.train("plain", directory, resume, **options)
 
     def whole(self, directory: Path) -> list[Path]:
