@@ -118,6 +118,12 @@ def test_single_shard_is_refused(working_directory: Path) -> None:
         assert "the directory x" in refused(spec)
 
 
+def test_shards_without_their_index_are_refused(working_directory: Path) -> None:
+    write(working_directory / "x", "model.safetensors.index.json", 1.0)
+    (working_directory / "x/model.safetensors.index.json").unlink()
+    assert "but not their index" in refused(["x"])
+
+
 # Each file counts once
 
 

@@ -40,7 +40,7 @@ def refusal(directory: Path) -> CandidateError:
     ):
         return CandidateError(f"{directory}: is no candidate: {format_name}")
     files = [name for name in names if name.endswith(".safetensors")]
-    if files and all(map(_SHARD.search, files)):
+    if files and all(map(_SHARD.search, files)) and not any(name.endswith(".index.json") for name in names):
         return CandidateError(
             f"{directory}: is no candidate: it holds {quoted(files)}, but not their index "
             "(model.safetensors.index.json). Copy it from where the checkpoint was saved, or save the checkpoint again."
