@@ -32,16 +32,18 @@ class Texts(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def settings_of(kind: str) -> dict[str, Any]:
+def settings_of(kind: str, *, whole: bool) -> dict[str, Any]:
+    """Return the arguments of the Trainer. `whole` is whether it saves whole weights."""
     if kind == "fsdp2":
+        state_dicts = "FULL_STATE_DICT" if whole else "SHARDED_STATE_DICT"
         policy = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
-        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", **policy}}
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dicts, **policy}}
     if not kind.startswith("zero"):
         return {}
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # used for inference only, and compiles for minutes
-    zero = {"stage": int(kind[4:]), "stage3_gather_16bit_weights_on_model_save": True}
+    zero = {"stage": int(kind[4:]), "stage3_gather_16bit_weights_on_model_save": whole}
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return {
         "deepspeed": {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(auto, "auto")}
@@ -110,7 +112,7 @@ def train(kind: str, directory: Path, resume: str | None = None, *, whole: bool 
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **settings_of(kind),
+        **settings_of(kind, whole=whole),
     )
     window = {"every": 1, "keep": 3, "store": "packed8"}
     callback = Counting(ema=[DECAY], window=window, **options)
@@ -159,6 +161,13 @@ def write(kind: str, directory: Path) -> None:
         whole.rename(directory / "uninterrupted.safetensors")
     torch.distributed.is_initialized() and torch.distributed.barrier()
     train(kind, directory, str(directory / f"checkpoint-{HALF}"))
+    if kind in ("fsdp2", "zero3"):
+        message = ""
+        try:
+            train(kind, directory / "refused", whole=False, learn=LEARN, learn_steps=3)
+        except twa_scale.ConfigError as error:
+            message = str(error)
+        assert "would not write the learned average. Set st" in message
     if kind == "ddp":
         path = directory / "learned"
         half = str(path / f"checkpoint-{HALF}")

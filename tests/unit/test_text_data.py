@@ -139,7 +139,7 @@ def test_other_names_than_those_of_the_model_are_reported(bert: str, tmp_path: P
 
 def test_a_label_that_the_head_of_the_model_lacks_is_named(bert: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", TABLE | {"class": [1, 7, 0]})
-    with pytest.raises(ConfigError, match=r"a\.csv, line 3: label 7, but the head of .* has 2 classes"):
+    with pytest.raises(ConfigError, match=r"a\.csv, line 3: label 7, but the head of .* has 2 outputs"):
         task_of(bert, train=path)
     model: Any = task_of(bert, train=path, num_labels=8).model()
     assert model.classifier.out_features == 8

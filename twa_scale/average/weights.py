@@ -151,23 +151,32 @@ class Weights:
                 text = self._changed_samples()
         except EngineError as error:
             return Change(str(error), is_live=False)
-        return None if text is None else self._confirmed(text, choose)
+        name = None if text is None else self._differing(choose)
+        if name is not None:
+            return Change(_written(name), is_live=True)
+        name = self._differing_copy()
+        return None if name is None else Change(_written(name), is_live=False)
 
     @torch.no_grad()
-    def _confirmed(self, text: str, choose: Callable[[], Chosen]) -> Change | None:
-        """Return the change if values on this rank are not those of `choose()`: writes of equal values are none."""
+    def _differing(self, choose: Callable[[], Chosen]) -> str | None:
+        """Return a parameter whose values on this rank are not those of `choose()`."""
         write = self._writer(*choose())
-        change = None
         for span in self._groups:
             live = self._engine.live(span)
             written = torch.empty(len(span), dtype=self._dtypes[span], device=live.device)
             write(span, written)
             if not torch.equal(live.to(written.dtype), written):
-                return Change(text, is_live=True)
+                return span.name
+        return None
+
+    @torch.no_grad()
+    def _differing_copy(self) -> str | None:
+        """Return a parameter whose low-precision copy on this rank has other values."""
+        for span in self._groups:
             low = self._engine.low_precision(span)
-            if low is not None and not torch.equal(low, written.to(low.dtype)):
-                change = Change(text, is_live=False)
-        return change
+            if low is not None and not torch.equal(low, self._engine.live(span).to(low.dtype)):
+                return span.name
+        return None
 
     def _written_by_others(self) -> str | None:
         """Return text about a parameter that other code has written since `write`, if there is one.
@@ -178,15 +187,12 @@ class Weights:
         current = self._engine.changed(self._names)
         for name, before in self._written.items():
             if current.get(name, before) != before:
-                return (
-                    f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), a "
-                    "swap of weights, nn.Embedding(max_norm=..))."
-                )
+                return _written(name)
         return None
 
     def _changed_samples(self) -> str | None:
         name = self._samples.changed()
-        return name and f"parameter {name!r} was written since the average wrote it (through `.data`, perhaps)."
+        return None if name is None else _written(name)
 
     @torch.no_grad()
     def squared_distance(self, choose: Callable[[], Chosen]) -> torch.Tensor:
@@ -229,6 +235,13 @@ class Weights:
                 self._store.combine(span, rows.weights(part, exact[group]), scales[group], out, part.segments)
 
         return write
+
+
+def _written(name: str) -> str:
+    return (
+        f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), `.data`, a "
+        "swap of weights, nn.Embedding(max_norm=..))."
+    )
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -186,12 +186,11 @@ class TwaCallback(Averaging, _CheckedCallback):
         It does not write sharded state dicts of FSDP.
         """
         self._trainer.save_model(str(directory), _internal_call=True)
-        files = {path.name for path in directory.glob("*")} - {"training_args.bin"}
+        files = {path.name for path in directory.rglob("*")} - {"training_args.bin"}
         written = any(name.endswith((".safetensors", ".bin")) for name in files)
         if self._trainer.args.should_save and not written:
-            notice(
-                f"{directory}: the Trainer has written no weights of the average there. {_fix_of_saving(self._trainer)}"
-            )
+            fix = _fix_of_saving(self._trainer) or "Look at what its save_model writes."
+            notice(f"{directory}: the Trainer has written no weights of the average there. {fix}")
         return written
 
     def _learn_and_write(self, directory: Path, batches: Any, begin_writing: Callable[[], None]) -> None:
@@ -236,7 +235,8 @@ def _fix_of_saving(trainer: Any) -> str:
         return "Set state_dict_type: FULL_STATE_DICT of FSDP."
     engine = trainer.model_wrapped
     is_partitioned = trainer.is_deepspeed_enabled and engine.zero_optimization_partition_weights()
-    if is_partitioned and not engine.zero_gather_16bit_weights_on_model_save():
+    is_adapter = hasattr(trainer.model, "peft_config")  # the Trainer always saves it
+    if is_partitioned and not is_adapter and not engine.zero_gather_16bit_weights_on_model_save():
         return "Set stage3_gather_16bit_weights_on_model_save: true of DeepSpeed."
     return ""
 

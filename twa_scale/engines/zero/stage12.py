@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.engines.parameters import memory_version, named_parameters
+from twa_scale.engines.parameters import flat_view, memory_version, named_parameters
 from twa_scale.engines.private_attributes import require
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
@@ -85,7 +85,9 @@ class Zero12Engine(ZeroEngine):
 
     def low_precision(self, span: Span) -> torch.Tensor | None:
         """Return this rank's part of the low-precision weights."""
-        return self._low[span.name].detach().view(-1)[span.start : span.stop] if span.name in self._spans else None
+        if span.name not in self._spans:
+            return None
+        return flat_view(span.name, self._low[span.name], self.parameters[span.name].shape)[span.start : span.stop]
 
     @torch.no_grad()
     def publish(self, names: Collection[str]) -> None:

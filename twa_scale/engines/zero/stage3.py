@@ -101,12 +101,8 @@ class Zero3Engine(ZeroEngine):
             offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return address and version of this rank's float32 partitions, and of the low-precision ones."""
-        return {
-            name: (memory_version(self._live[name]), memory_version(p.ds_tensor))
-            for name, p in self._trained.items()
-            if name in names
-        }
+        """Return address and version of this rank's float32 partitions. DeepSpeed itself writes the others."""
+        return {name: memory_version(self._live[name]) for name in self._trained if name in names}
 
     def drain(self) -> None:
         """Pass on this rank's part of the averaged gradients.

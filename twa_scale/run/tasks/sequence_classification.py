@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from twa_scale.base.inputs import brief
+from twa_scale.base.names import plural
 from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
@@ -50,8 +51,8 @@ class SequenceClassificationOptions(Section):
     )
     max_length: Count | None = Field(
         None,
-        description="Maximum length in tokens. Longer texts are truncated. The default is 128, or the number of the "
-        "model's positions if it is smaller.",
+        description="Maximum length in tokens. Longer texts are truncated. The default is 128, or less if the model "
+        "has fewer position embeddings.",
     )
 
     @model_validator(mode="after")
@@ -128,7 +129,7 @@ class SequenceClassification:
 
     def _checked_length(self) -> int:
         with torch.device("meta"):
-            limit = _longest_input(huggingface.build_model("AutoModelForSequenceClassification", self._config))
+            limit = _num_positions(huggingface.build_model("AutoModelForSequenceClassification", self._config))
         length = self._options.max_length
         if length is not None and length > limit:
             raise ConfigError(f"task.max_length: {length} is longer than the model allows. Use at most {limit}.")
@@ -175,18 +176,18 @@ class SequenceClassification:
                 if isinstance(label, int) and label >= config.num_labels:
                     location, *_ = next(islice(self._rows(split), i, None))
                     raise ConfigError(
-                        f"{location}: label {label!r}, but the head of {self._options.model!r} has {config.num_labels} "
-                        "classes. Correct the label, or, if the candidates have more classes, set task.num_labels."
+                        f"{location}: label {label!r}, but the head of {self._options.model!r} has "
+                        f"{config.num_labels} {plural(config.num_labels, 'output')}. Correct the label, or, if the candidates have more classes, set task.num_labels."
                     )
 
 
-def _longest_input(model: nn.Module) -> float:
-    """Return the number of positions of a model that adds embeddings of them."""
+def _num_positions(model: Any) -> float:
+    """Return the number of positions of a model with a table of their embeddings; others have no limit."""
     sizes = [inf]
     for name, table in model.named_modules():
         if name.endswith((".position_embeddings", ".wpe")) and isinstance(table, nn.Embedding):
             first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
-            sizes.append(table.num_embeddings - first)
+            sizes += [table.num_embeddings - first, getattr(model.config, "max_position_embeddings", inf)]
     return min(sizes)
 
 
