@@ -175,9 +175,10 @@ class SequenceClassification:
             for i, label in enumerate(column):
                 if isinstance(label, int) and label >= config.num_labels:
                     location, *_ = next(islice(self._rows(split), i, None))
+                    outputs = f"{config.num_labels} {plural(config.num_labels, 'output')}"
                     raise ConfigError(
-                        f"{location}: label {label!r}, but the head of {self._options.model!r} has "
-                        f"{config.num_labels} {plural(config.num_labels, 'output')}. Correct the label, or, if the candidates have more classes, set task.num_labels."
+                        f"{location}: label {label!r}, but the head of {self._options.model!r} has {outputs}. Correct "
+                        "the label, or, if the candidates have more classes, set task.num_labels."
                     )
 
 
