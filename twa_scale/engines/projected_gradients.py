@@ -15,8 +15,6 @@ from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 
 _TORCH = ("_current_graph_task_id", "_disabled_torch_function_impl", "_set_throw_on_mutable_data_ptr")
-_NORMS = {"aten::_foreach_norm", "aten::linalg_vector_norm", "aten::norm"}
-"""Operations that read a gradient only: trainers log its norm, also when they do not clip."""
 
 
 class ProjectedGradient(torch.Tensor):
@@ -25,12 +23,12 @@ class ProjectedGradient(torch.Tensor):
     Args:
         like: has the shape, strides and device.
         dtype: the type of the elements.
-        on_use: called before each operation on the tensor, with whether it is a norm.
+        on_use: called before each operation on the tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
 
-    def __new__(cls, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[bool], None]) -> "ProjectedGradient":
+    def __new__(cls, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[], None]) -> "ProjectedGradient":
         """Make the tensor. Its storage has no bytes and no address, for code that reads or shares the memory."""
         mark = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=dtype, device=like.device, storage_size=0
@@ -38,7 +36,7 @@ class ProjectedGradient(torch.Tensor):
         torch._C._set_throw_on_mutable_data_ptr(mark)
         return mark
 
-    def __init__(self, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[bool], None]) -> None:
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype, on_use: Callable[[], None]) -> None:
         super().__init__()
         self._on_use = on_use
 
@@ -57,7 +55,7 @@ class ProjectedGradient(torch.Tensor):
                 "hooks of the parameter are gone (`to()` of a module with DTensors removes them), or several threads "
                 "run backward. Attach after to(), and run backward in one thread."
             )
-        mark._on_use(operation._schema.name in _NORMS)
+        mark._on_use()
         aliases = [argument.alias_info for argument in operation._schema.arguments]
         written = tree_leaves([value for value, alias in zip(args, aliases, strict=False) if alias and alias.is_write])
         if written and all(isinstance(value, cls) for value in written) and operation.namespace == "aten":
@@ -123,7 +121,7 @@ class ProjectedGradients:
 
     def __init__(self, *, warns: bool) -> None:
         require("torch", torch._C, _TORCH)
-        self._reports = {False, True} if warns else set[bool]()
+        self._warns = warns
         self._on_use = weak_method(self._warn)  # Python does not find cycles through the views of marks in DTensors
         self._marks: dict[str, torch.Tensor] = {}  # by name of the parameter; they are used again in the next step
         self._marked: dict[str, torch.Tensor] = {}  # the parameters whose gradient is a mark now
@@ -193,16 +191,15 @@ class ProjectedGradients:
         with torch.no_grad():
             return like_parameter(parameter, ProjectedGradient(parameter.to_local(), dtype, self._on_use))
 
-    def _warn(self, is_norm: bool) -> None:
-        if is_norm not in self._reports:
-            return
-        self._reports.remove(is_norm)
-        what = "their norm is 0" if is_norm else "clipping, changing or zeroing them has no effect"
-        notice(
-            f"the gradients of this model are projected and freed during backward, so {what}. Set "
-            "max_weight_grad_norm to clip them, or max_grad_norm to clip the gradient of the coefficients. Call "
-            "zero_grad() of the average to discard them."
-        )
+    def _warn(self) -> None:
+        if self._warns:
+            self._warns = False
+            notice(
+                "the gradients of this model are projected and freed during backward, so their norm is 0, and "
+                "clipping, changing or zeroing them has no effect. Set max_weight_grad_norm to clip them, or "
+                "max_grad_norm to clip the gradient of the coefficients. Call zero_grad() of the average to discard "
+                "them."
+            )
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:
