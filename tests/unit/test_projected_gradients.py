@@ -113,6 +113,15 @@ def test_a_norm_is_reported(linear: nn.Linear) -> None:
     linear(torch.ones(1, 6)).square().sum().backward()
     with pytest.warns(TwaWarning, match="their norm is 0, and clipping"):
         assert nn.utils.get_total_norm([p.grad for p in linear.parameters() if p.grad is not None]) == 0
+        assert all(p.grad is not None and p.grad.norm() == 0 for p in linear.parameters())
+    twa.close()
+
+
+def test_clipping_is_reported(linear: nn.Linear) -> None:
+    twa = attach(linear)
+    linear(torch.ones(1, 6)).square().sum().backward()
+    with pytest.warns(TwaWarning, match="has no effect"):
+        nn.utils.clip_grad_norm_(linear.parameters(), 1.0)
     twa.close()
 
 

@@ -132,27 +132,26 @@ class Weights:
 
     def report_samples(self) -> None:
         """Report a change that `check` has found by the comparison that it has started on the device."""
-        self._report(self._changed_samples())
+        self._report(self._samples.changed())
 
-    def _report(self, change: str | None) -> None:
-        if change and not self._reported:
+    def _report(self, name: str | None) -> None:
+        if name is not None and not self._reported:
             self._reported = True
             notice(
-                f"{change} Each step of the average overwrites such changes. Load checkpoints before attach; use "
+                f"{_written(name)} Each step of the average overwrites such changes. Load checkpoints before attach; use "
                 "weights() to swap weights; continue a run with load_state_dict() of its average."
             )
 
     def change(self, choose: Callable[[], Chosen]) -> Change | None:
         """Return what other code has changed since `write(choose)`, for an export."""
         try:
-            text = self._written_by_others()
-            if text is None:
+            name = self._written_by_others()
+            if name is None:
                 self._samples.compare(wait=True)
-                text = self._changed_samples()
+                name = self._samples.changed()
         except EngineError as error:
             return Change(str(error), is_live=False)
-        name = None if text is None else self._differing(choose)
-        if name is not None:
+        if name is not None and (name := self._differing(choose)) is not None:
             return Change(_written(name), is_live=True)
         name = self._differing_copy()
         return None if name is None else Change(_written(name), is_live=False)
@@ -179,7 +178,7 @@ class Weights:
         return None
 
     def _written_by_others(self) -> str | None:
-        """Return text about a parameter that other code has written since `write`, if there is one.
+        """Return a parameter that other code has written since `write`, if there is one.
 
         Raises:
             EngineError: a parameter was replaced by another one.
@@ -187,12 +186,8 @@ class Weights:
         current = self._engine.changed(self._names)
         for name, before in self._written.items():
             if current.get(name, before) != before:
-                return _written(name)
+                return name
         return None
-
-    def _changed_samples(self) -> str | None:
-        name = self._samples.changed()
-        return None if name is None else _written(name)
 
     @torch.no_grad()
     def squared_distance(self, choose: Callable[[], Chosen]) -> torch.Tensor:

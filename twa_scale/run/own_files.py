@@ -1,17 +1,15 @@
 """Checks that a run replaces only what earlier runs have written into its output directory."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from twa_scale.average.state import PREVIOUS, STATE, has_state
 from twa_scale.base.names import quoted
 from twa_scale.errors import OutputError
 from twa_scale.run.csv_file import CSV
 from twa_scale.run.records import METRICS
-from twa_scale.run.resume import SUMMARY
+from twa_scale.run.resume import SUMMARY, read_object
 
 CONFIG = "config.json"
 PICTURE = "coefficients.png"
@@ -30,7 +28,7 @@ def require_own_files(output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; the output is a directory. Choose another name.")
-    config = _object(output / CONFIG)
+    config = read_object(output / CONFIG)
     if (config is None and has_state(output)) or (config is not None and config.keys() >= _KEYS):
         return
     if others := [name for name in _REPLACED if os.path.lexists(output / name)]:
@@ -48,12 +46,3 @@ def require_no_candidate(output: Path, labels: Sequence[str]) -> None:
     """
     if str(output.resolve()) in {str(Path(label).resolve()) for label in labels}:
         raise OutputError(f"{output}: is a candidate. Choose another output directory.")
-
-
-def _object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None

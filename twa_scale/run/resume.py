@@ -55,11 +55,17 @@ def finished_summary(config: RunConfig, num_steps: int, state: RunState) -> dict
     output = Path(config.output)
     if not (output / AVERAGE).is_dir():
         return None
+    summary = read_object(output / SUMMARY)
+    return summary if summary is not None and summary.get("steps") == state.step else None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None if it is missing or damaged."""
     try:
-        summary = json.loads((output / SUMMARY).read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return summary if isinstance(summary, dict) and summary.get("steps") == state.step else None
+    return content if isinstance(content, dict) else None
 
 
 def _require_same_course(path: Path, state: RunState, current: dict[str, Any]) -> None:
