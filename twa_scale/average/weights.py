@@ -138,8 +138,8 @@ class Weights:
         if name is not None and not self._reported:
             self._reported = True
             notice(
-                f"{_written(name)} Each step of the average overwrites such changes. Load checkpoints before attach; use "
-                "weights() to swap weights; continue a run with load_state_dict() of its average."
+                f"{_written(name)} Each step of the average overwrites such changes. Load checkpoints before attach; "
+                "use weights() to swap weights; continue a run with load_state_dict() of its average."
             )
 
     def change(self, choose: Callable[[], Chosen]) -> Change | None:

@@ -49,7 +49,7 @@ class RunningAverages:
         ema: decays, as `[0.99, 0.999]`, or settings: `decays`, `half_life` (a fraction of the updates so far), `bema`
             (True, or its settings), `update_every` and `start_step` (in steps), `bias_correction`, `use_buffers`.
         window: settings: `every` (steps between two snapshots), `keep` (the number of snapshots), `store` (the format
-            of their differences: "packed1" with 1 bit, the default, to "packed8", "dense16", "dense32"), `start_step`.
+            of differences: "packed1" with 1 bit, the default, to "packed8", "dense16", "dense32"), `start_step`.
         device: "auto" keeps the averages on the device of the weights; "cpu" keeps them in host memory, which is
             page-locked if the model is on a GPU. A step with an update or a snapshot then waits until the weights are
             copied to the host.
