@@ -94,6 +94,23 @@ def test_a_trainer_keeps_averages(directory: Path) -> None:
     assert "The weights are an exponential average" in text and f" at step {HALF}. twa_scale " in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("directory", ["fsdp2", "zero3"], indirect=True)
+def test_averages_are_whole_where_the_trainer_saves_shards(directory: Path) -> None:
+    shards = directory / "shards"
+    assert not (shards / f"checkpoint-{STEPS}" / "model.safetensors").exists()
+    for average, whole in (
+        (f"checkpoint-{STEPS}/average", "uninterrupted.safetensors"),
+        ("average", "learned.safetensors"),
+    ):
+        actual, wanted = load_file(shards / average / "model.safetensors"), load_file(directory / whole)
+        assert wanted.keys() - actual.keys() <= {"lm_head.weight"}  # tied; Accelerate writes it twice with FSDP2
+        assert all(torch.equal(value, wanted[name]) for name, value in actual.items())
+        model = AutoModelForCausalLM.from_pretrained(shards / average)
+        assert model.config.architectures == ["GPT2LMHeadModel"]
+    assert "an exponential average" in ModelCard.load(shards / f"checkpoint-{STEPS}/average/README.md").text
+
+
 def learned_by_hand(settings: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = build(9)
     twa = twa_scale.attach(model, [build(seed).state_dict() for seed in range(3)], settings)

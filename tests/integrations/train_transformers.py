@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -94,9 +95,29 @@ def learned(
     return twa.coefficients, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def train(kind: str, directory: Path, resume: str | None = None, *, whole: bool = True, **options: Any) -> Trainer:
-    """Train a small GPT-2 for six steps of two batches, with a checkpoint at each step."""
-    model = build(0)
+def refused(error: type[Exception], message: str, kind: str, directory: Path, **options: Any) -> None:
+    """Check that a training is refused on this rank."""
+    text = ""
+    try:
+        train(kind, directory, **options)
+    except error as refusal:
+        text = str(refusal)
+    assert message in text, text
+
+
+def train(
+    kind: str,
+    directory: Path,
+    resume: str | None = None,
+    *,
+    whole: bool = True,
+    adapter: bool = False,
+    **options: Any,
+) -> Trainer:
+    """Train a small GPT-2, or an adapter of it, for six steps of two batches, with a checkpoint at each step."""
+    model: Any = build(0)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     set_seed(0)
     args = TrainingArguments(
         str(directory),
@@ -156,18 +177,20 @@ def write(kind: str, directory: Path) -> None:
     if trainer.args.process_index == 0:
         torch.save(metrics, directory / "metrics.pt")
     torch.distributed.is_initialized() and torch.distributed.barrier()
-    whole = directory / f"checkpoint-{STEPS}" / "average" / "model.safetensors"
     if trainer.args.process_index == 0:
-        whole.rename(directory / "uninterrupted.safetensors")
+        average = Path("average", "model.safetensors")
+        (directory / f"checkpoint-{STEPS}" / average).rename(directory / "uninterrupted.safetensors")
+        (directory / average).rename(directory / "learned.safetensors")
     torch.distributed.is_initialized() and torch.distributed.barrier()
     train(kind, directory, str(directory / f"checkpoint-{HALF}"))
     if kind in ("fsdp2", "zero3"):
-        message = ""
-        try:
-            train(kind, directory / "refused", whole=False, learn=LEARN, learn_steps=3)
-        except twa_scale.ConfigError as error:
-            message = str(error)
-        assert "would not write the learned average. Set st" in message
+        shards = directory / "shards"
+        train(kind, shards, whole=False, learn=LEARN, learn_steps=3)
+        train(kind, shards, str(shards / f"checkpoint-{HALF}"), whole=False, learn=LEARN, learn_steps=3)
+        refused(twa_scale.OutputError, "average: holds 'README.md'", kind, directory, whole=False)
+    if kind == "fsdp2":
+        message = "would not write the learned average. Set state_dict_type"
+        refused(twa_scale.ConfigError, message, kind, directory, whole=False, adapter=True, learn=LEARN, learn_steps=3)
     if kind == "ddp":
         path = directory / "learned"
         half = str(path / f"checkpoint-{HALF}")

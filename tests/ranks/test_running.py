@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -42,6 +43,7 @@ AVERAGES: dict[str, list[float]] = {
     "0": [1.0, 0.0, 0.0],
     "explicit": [0.5, -0.2, 0.9],
 }
+EXPORTED = ("ema:0.5", "mean")
 STATISTIC = "stem.norm.running_var"
 ENGINES = [
     ("plain", 1),
@@ -115,6 +117,8 @@ def follow(engine: str, directory: Path) -> dict[str, Any]:
     for name in (*AVERAGES, "ema:0.5", "ema:0.9", "ema:half-life:0.3", "bema"):
         with averages.weights(inputs.get(name, name)):
             actual[name] = everything(model)
+    for name in EXPORTED:
+        averages.export(directory / "exported" / name, name)
     actual["restored"] = same_bits(before, everything(model))
     counts = counters(model)
     for name, config in CONFIGS.items():
@@ -209,6 +213,10 @@ def test_averages_are_those_of_whole_weights(ranks: Pool, tmp_path: Path, engine
         }
     for actual in ranks(follow, size, engine=engine, directory=tmp_path, timeout=100):
         assert actual["steps"] == [4, 6, 8]
+        for name in EXPORTED:
+            files = load_file(tmp_path / "exported" / name / "model.safetensors")
+            assert all(torch.equal(value, actual[name][key].view(value.shape)) for key, value in files.items())
+            assert {key for key, _ in models.build().named_parameters()} <= files.keys()
         assert actual["resumed"] and actual["restored"]
         for name, tensors in wanted.items():
             displayed = {key for key, _ in models.build().named_parameters()} - {models.FROZEN}

@@ -1,16 +1,19 @@
 """Running averages in one process: names, rounding, errors."""
 
 import io
+import json
 from collections.abc import Callable
 from math import log, prod
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import twa_scale
-from twa_scale import ConfigError, EngineError, StateError, TwaError, TwaWarning
+from twa_scale import ConfigError, EngineError, OutputError, StateError, TwaError, TwaWarning
 from twa_scale.running import learning, window
 from twa_scale.running.settings import EmaSettings, WindowSettings, is_due
 
@@ -586,6 +589,31 @@ def test_learning_restores_at_the_end_of_a_block() -> None:
         assert not torch.equal(model.weight.detach().double(), seen[-1])
         raise ValueError("of the block")
     assert twa.closed and torch.equal(model.weight.detach().double(), seen[-1])
+    averages.step()
+
+
+def test_an_average_is_written_with_its_description(tmp_path: Path) -> None:
+    """Its tensors have the type asked for, which config.json then names. The training can continue."""
+    averages, model, seen = followed(4, ema=[0.9], window={"every": 1, "keep": 3, "store": "dense32"})
+    config = json.dumps({"architectures": ["Linear"], "dtype": "float32"}).encode()
+    out = tmp_path / "out"
+    averages.export(out, "mean", dtype=torch.bfloat16, files={"config.json": config})
+    mean = torch.stack(seen[1:]).mean(0)
+    written = load_file(out / "model.safetensors")["weight"]
+    assert written.dtype == torch.bfloat16
+    torch.testing.assert_close(written.double(), mean, rtol=2**-8, atol=0)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    origin = json.loads((out / "twa_scale.json").read_text())
+    assert origin["asked"] == "mean" and origin["weights"] == pytest.approx([1 / 3] * 3)
+    assert "Average of 3 checkpoints" in (out / "README.md").read_text()
+    with pytest.raises(OutputError, match="not empty"):
+        averages.export(out, "ema")
+    averages.export(out, "ema", overwrite=True)
+    assert "an exponential average" in (out / "README.md").read_text()
+    for wrong, error in (({"which": "ema:0.5"}, ConfigError), ({"which": "ema", "dtype": torch.int8}, ConfigError)):
+        with pytest.raises(error):
+            averages.export(tmp_path / "wrong", **wrong)
+    assert not (tmp_path / "wrong").exists() and torch.equal(model.weight.detach().double(), seen[-1])
     averages.step()
 
 

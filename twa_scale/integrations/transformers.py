@@ -16,6 +16,8 @@ from twa_scale.integrations.averaging import LEARNED, Averaging, repeated
 from twa_scale.integrations.coefficients import STATE as COEFFICIENTS
 from twa_scale.integrations.coefficients import load_coefficients, save_coefficients
 from twa_scale.integrations.logged_names import added_metrics_as
+from twa_scale.integrations.saved_by_trainer import ADAPTER_FIX, saves_no_adapter, saves_shards, small_files_of
+from twa_scale.output.overwriting import check_replaceable
 
 AVERAGE = "average"
 """The directory of an average, in a checkpoint and in the output directory."""
@@ -73,8 +75,11 @@ class TwaCallback(Averaging, _CheckedCallback):
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
-        if (fix := _fix_of_saving(self._trainer)) and self._learn is not None:
-            raise ConfigError(f"TwaCallback: the Trainer would not write the learned average. {fix}")
+        if saves_no_adapter(self._trainer) and self._learn is not None:
+            raise ConfigError(f"TwaCallback: the Trainer would not write the learned average. {ADAPTER_FIX}")
+        with averages.pods.agree():
+            if averages.pods.rank == 0 and saves_shards(self._trainer):
+                self._check_replaceable(Path(args.output_dir), state.global_step)
         if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
             notice(f"{checkpoint}: has no averages; new ones start at step {state.global_step}. {_KILLED}")
         self._wrap_evaluate()
@@ -82,6 +87,18 @@ class TwaCallback(Averaging, _CheckedCallback):
             self._report_batchnorm(self._trainer.model_wrapped)
             self._report_window(state.max_steps - state.global_step)
             self._check_best(args)
+
+    def _check_replaceable(self, output: Path, step: int) -> None:
+        """Check the averages of an earlier training that those after `step` will replace.
+
+        Raises:
+            OutputError: a directory holds files that `export` has not written, and therefore does not replace.
+        """
+        numbers = {path: path.parent.name.rpartition("-")[2] for path in output.glob(f"checkpoint-*/{AVERAGE}")}
+        later = [path for path, number in numbers.items() if number.isdigit() and int(number) > step]
+        for path in [output / AVERAGE, *(later if self._save else [])]:
+            if path.is_dir():
+                check_replaceable(path, overwrite=True)
 
     def _check_best(self, args: Any) -> None:
         """Report that the Trainer does not load the weights whose score selected the best checkpoint."""
@@ -171,40 +188,52 @@ class TwaCallback(Averaging, _CheckedCallback):
         self._trainer.evaluate = self._evaluate
 
     def _write(self, directory: Path) -> bool:
-        """Save the average with the Trainer, as it saves its model. Return whether it has written weights."""
+        """Save the average with the Trainer, as it saves its model. Return whether weights were written.
+
+        If the Trainer saves its model in shards, each rank writes its part of the average.
+        """
         assert self.averages is not None
         if not self.averages.has(self._which):
             return False
+        if saves_shards(self._trainer):
+            self.averages.export(directory, self._which, files=self._small_files(), overwrite=True)
+            return True
         with self.averages.weights(self._which):
             written = self._save_model(directory)
         self._describe(directory, self.averages.origin(self._which), written=written)
         return written
 
     def _save_model(self, directory: Path) -> bool:
-        """Save the weights in the model with the Trainer, and return whether it has written them.
-
-        It does not write sharded state dicts of FSDP.
-        """
+        """Save the weights in the model with the Trainer, and return whether it has written them."""
         self._trainer.save_model(str(directory), _internal_call=True)
         files = {path.name for path in directory.rglob("*")} - {"training_args.bin"}
         written = any(name.endswith((".safetensors", ".bin")) for name in files)
         if self._trainer.args.should_save and not written:
-            fix = _fix_of_saving(self._trainer) or "Look at what its save_model writes."
+            fix = ADAPTER_FIX if saves_no_adapter(self._trainer) else "Look at what its save_model writes."
             notice(f"{directory}: the Trainer has written no weights of the average there. {fix}")
         return written
+
+    def _small_files(self) -> dict[str, bytes]:
+        """Return the files that the Trainer saves next to weights, on the first rank. Collective."""
+        assert self.averages is not None
+        with self.averages.pods.agree():
+            return small_files_of(self._trainer) if self.averages.pods.rank == 0 else {}
 
     def _learn_and_write(self, directory: Path, batches: Any, begin_writing: Callable[[], None]) -> None:
         """Train the coefficients of the window on training batches, and write the result after `begin_writing()`."""
         assert self.averages is not None and self._evaluate is not None
         trainer = self._trainer
-        with self.averages.learning(self._learn) as twa:
+        with self.averages.learning(self._learn, files=self._small_files()) as twa:
             self._steps(twa, batches)
             if trainer.eval_dataset is not None:
                 with added_metrics_as(trainer, "eval_average"):
                     self._evaluate(metric_key_prefix="eval_average")
             begin_writing()
-            written = self._save_model(directory)
-            self._describe(directory, twa.origin(LEARNED), written=written)
+            if saves_shards(trainer):
+                twa.export(directory, overwrite=True)
+            else:
+                written = self._save_model(directory)
+                self._describe(directory, twa.origin(LEARNED), written=written)
 
     def _steps(self, twa: TrainableAverage, batches: Any) -> None:
         trainer, args = self._trainer, self._trainer.args
@@ -227,18 +256,6 @@ class TwaCallback(Averaging, _CheckedCallback):
                 log_every=int(trainer.state.logging_steps),  # in the arguments, it may be a fraction of the steps
                 log=trainer.log,
             )
-
-
-def _fix_of_saving(trainer: Any) -> str:
-    """Return the setting with which the Trainer saves whole weights, or an empty text if it does."""
-    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
-        return "Set state_dict_type: FULL_STATE_DICT of FSDP."
-    engine = trainer.model_wrapped
-    is_partitioned = trainer.is_deepspeed_enabled and engine.zero_optimization_partition_weights()
-    is_adapter = hasattr(trainer.model, "peft_config")  # the Trainer always saves it
-    if is_partitioned and not is_adapter and not engine.zero_gather_16bit_weights_on_model_save():
-        return "Set stage3_gather_16bit_weights_on_model_save: true of DeepSpeed."
-    return ""
 
 
 class CoefficientsCallback(_CheckedCallback):

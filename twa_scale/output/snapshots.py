@@ -26,10 +26,9 @@ from twa_scale.output import (
     check_tiling,
     open_writer,
     parse_size,
-    writing,
 )
 from twa_scale.output.finite import require_finite
-from twa_scale.output.live_weights import may_be_mask, write_live
+from twa_scale.output.live_weights import may_be_mask, write_checkpoint
 from twa_scale.output.overwriting import foreign_files, own_weight_files
 from twa_scale.output.provenance import provenance, with_provenance
 from twa_scale.output.publish import output_errors, target_of
@@ -182,18 +181,15 @@ class Snapshots:
             self.close()
 
     def _write(self, engine: Engine, path: Path, step: int) -> None:
-        form, limit = snapshot_form(engine, self._dtype), self._max_shard_size
-        with writing(
+        write_checkpoint(
+            engine,
             path,
-            form.specs,
-            engine.shard_group,
-            max_shard_size=limit,
+            dtype=self._dtype,
+            max_shard_size=self._max_shard_size,
             overwrite=True,
-            base=BASE,
             published=partial(self._delete_old, step),
             **snapshot_files(step, self._files),
-        ) as writer:
-            write_live(writer, engine, {name: (name,) for name in (*engine.parameters, *engine.buffers())}, form)
+        )
 
     def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
         form, group = snapshot_form(engine, self._dtype), engine.shard_group

@@ -14,11 +14,13 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
 from twa_scale.base.normal_mode import in_normal_mode
+from twa_scale.candidates.read_ahead import Progress
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.model_checks import require_device, require_materialized
 from twa_scale.errors import ConfigError, StateError, TwaError
-from twa_scale.output import Files
+from twa_scale.output import Files, check_dtype
+from twa_scale.output.options import OutputOptions
 from twa_scale.output.publish import target_of
 from twa_scale.ranks import Pods, require_same_settings
 from twa_scale.running import checkpoint, saving, state_file
@@ -295,6 +297,40 @@ class RunningAverages:
             TwaError: the ranks can no longer restore the weights together.
         """
         self._learned.restore()
+
+    def export(
+        self,
+        path: str | Path,
+        which: Which,
+        *,
+        dtype: torch.dtype | None = None,
+        files: Files | None = None,
+        max_shard_size: str | int = "5GB",
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write an average as safetensors to the directory `path`, each rank its own part. Collective.
+
+        Tensors have the names with which transformers saves its models, or else those of the model.
+
+        Args:
+            path: a directory that is new or empty, on a file system that all ranks share.
+            which: as for `weights`, which shows the average while it is written.
+            dtype: the type of the floating point tensors in the files; by default, the types of the model.
+            files: small files next to the weights, such as config.json, as for `Snapshots`.
+            max_shard_size: the maximum size of one file's tensors.
+            overwrite: replaces an earlier output of twa_scale in `path`.
+            progress: called on every rank that writes, with the bytes just written and the total.
+
+        Raises:
+            ConfigError, OutputError, TwaError: on every rank; `path` is unchanged.
+        """
+        with self.pods.agree():
+            check_dtype(dtype)
+            carried = carried_files(files or {})
+            options = OutputOptions(dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+        with self.weights(which):
+            saving.export(self._engine, self.pods, path, carried, options, self.origin(which), progress)
 
     def save(
         self,

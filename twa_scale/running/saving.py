@@ -1,16 +1,21 @@
-"""Writes the snapshots of a window as candidates."""
+"""Writes the snapshots of a window as candidates, and an average as a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from twa_scale.base.spans import Span, whole_tensor
-from twa_scale.candidates.carry_over import BASE
+from twa_scale.candidates.carry_over import BASE, CarriedFiles
+from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
 from twa_scale.errors import TwaError
 from twa_scale.output import Files, check_dtype, check_files, parse_size, writing
-from twa_scale.output.live_weights import may_be_mask
+from twa_scale.output.live_weights import may_be_mask, write_checkpoint
+from twa_scale.output.model_card import with_card
+from twa_scale.output.options import OutputOptions
+from twa_scale.output.provenance import with_provenance
 from twa_scale.output.publish import target_of
 from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.output.snapshots import snapshot_files
@@ -31,6 +36,40 @@ def checked(window: Window | None, dtype: torch.dtype | None, files: Files, max_
     parse_size(max_shard_size)
     window.require_finite()
     return window
+
+
+def export(
+    engine: Engine,
+    pods: Pods,
+    path: str | Path,
+    carried: CarriedFiles,
+    options: OutputOptions,
+    origin: Mapping[str, Any],
+    progress: Progress | None,
+) -> None:
+    """Write the average that the model shows. Collective.
+
+    Args:
+        engine: the engine of the model.
+        pods: all ranks; the first pod writes.
+        path: the directory to write.
+        carried: has the small files next to the weights.
+        options: the dtype, the size of a file, and whether an earlier output is replaced.
+        origin: the provenance of the average.
+        progress: called on every rank that writes, with the bytes just written and the total.
+    """
+    with pods.agree():
+        files = with_card(carried.files_for(options.dtype), origin)
+        if pods.number == 0:  # Pods hold the same weights.
+            write_checkpoint(
+                engine,
+                path,
+                dtype=options.dtype,
+                max_shard_size=options.max_shard_size,
+                overwrite=options.overwrite,
+                progress=progress,
+                **with_provenance(origin, files),
+            )
 
 
 def save(
