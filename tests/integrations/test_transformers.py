@@ -111,6 +111,17 @@ def test_averages_are_whole_where_the_trainer_saves_shards(directory: Path) -> N
     assert "an exponential average" in ModelCard.load(shards / f"checkpoint-{STEPS}/average/README.md").text
 
 
+@pytest.mark.slow
+def test_adapters_are_whole_where_the_trainer_saves_shards(trained: Path) -> None:
+    for average in (f"checkpoint-{STEPS}/average", "average"):
+        actual, wanted = (
+            load_file(trained / "fsdp2" / name / average / "adapter_model.safetensors")
+            for name in ("adapters", "whole-adapters")
+        )
+        assert same(actual, wanted)
+        PeftModel.from_pretrained(build(0), str(trained / "fsdp2" / "adapters" / average))
+
+
 def learned_by_hand(settings: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = build(9)
     twa = twa_scale.attach(model, [build(seed).state_dict() for seed in range(3)], settings)

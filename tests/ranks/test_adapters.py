@@ -82,6 +82,33 @@ def test_ranks_train_what_one_process_trains(space: str, ranks: Pool, tmp_path: 
         torch.testing.assert_close(adapters.logits(adapters.load(out)), expected, rtol=1e-4, atol=1e-4)
 
 
+def written(engine: str, start: str, out: Path) -> None:
+    """Write a running average, a snapshot of a window, and a snapshot of an adapter."""
+    model = wrapped(adapters.load(start, trainable=True), engine)
+    averages = twa_scale.RunningAverages(model, ema=[0.5], window={"every": 1, "keep": 2})
+    if engine == "zero3":
+        model.global_steps += 1
+    averages.step()
+    averages.export(out / "step-ema", "ema")
+    averages.save(out)
+    twa_scale.Snapshots(out, every_n_steps=2).step(model, 2)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_ranks_write_adapters_of_a_training(engine: str, ranks: Pool, tmp_path: Path) -> None:
+    start = adapters.save(adapters.adapted(**MIXED[0]), tmp_path / "start")
+    ranks(written, 2, engine=engine, start=start, out=tmp_path / "out", timeout=120)
+    wanted = load_file(f"{start}/adapter_model.safetensors")
+    paths = sorted((tmp_path / "out").glob("step-*"))
+    assert len(paths) == 3
+    for path in paths:
+        actual = load_file(path / "adapter_model.safetensors")
+        assert actual.keys() == wanted.keys() and all(
+            torch.equal(value, wanted[name]) for name, value in actual.items()
+        )
+        adapters.load(path)
+
+
 def merged(paths: list[str], out: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,8 +1,11 @@
 """The PEFT adapter of a live model: its tensors, their names in files, and its scalings."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import isclose
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from twa_scale.base.names import quoted, without_wrappers
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.adapters import PREFIX, adapter_config, ranks_of, scalings
+from twa_scale.candidates.adapters import ADAPTER_CONFIG, PREFIX, adapter_config, ranks_of, scalings
 from twa_scale.engines.module_names import name_unwrapper
 from twa_scale.engines.private_attributes import require, version
 from twa_scale.errors import CandidateError, EngineError
@@ -20,6 +23,7 @@ _MODULE = ("merged_adapters",)  # attributes of each module with an adapter
 _LORA = ("scaling", "r")  # attributes of each module with factors
 _PARAMETER = ("parameter_name",)  # attributes of a module that adapts a parameter (`target_parameters`)
 _NOT_IN_MODEL = {"RANDLORA": "random projections", "SHIRA": "indices"}  # further contents of files
+_OF_PEFT_MODEL = "base_model."  # the start of all names of a PeftModel
 _WITHOUT_MODEL = "Average such adapters without a model: twa-scale average."
 
 
@@ -44,10 +48,25 @@ class LiveAdapter:
     """For each tensor of the adapter, by its name in the model, the names that it may have in files."""
     scalings: Mapping[str, "LiveScaling"]
     """The scaling of each LoRA module, by its name in the base model."""
+    settings: Any
+    """The `PeftConfig`."""
 
     def holds(self, name: str) -> bool:
         """Return whether a tensor of the model belongs to the adapter and not to the base model."""
         return name in self.stored
+
+    def file_name(self, name: str) -> str:
+        """Return the name of a tensor of the adapter in the files that PEFT and transformers write."""
+        stored = self.stored[name][0]
+        return stored if stored.startswith(_OF_PEFT_MODEL) else PREFIX + stored
+
+    def config_file(self) -> bytes:
+        """Return the content of adapter_config.json."""
+        settings = copy(self.settings)
+        settings.inference_mode = True  # as PEFT saves it
+        with TemporaryDirectory() as directory:
+            settings.save_pretrained(directory)
+            return Path(directory, ADAPTER_CONFIG).read_bytes()
 
 
 def live_adapter(root: nn.Module) -> LiveAdapter | None:
@@ -74,7 +93,7 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     plain = without_wrappers(files)
     stored = {names_by_id[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in names_by_id}
     _require_own(name, kind, stored, [raw for raw, mark in files.items() if id(mark) not in names_by_id])
-    return LiveAdapter(name, kind, stored, dict(_scalings(model, name)))
+    return LiveAdapter(name, kind, stored, dict(_scalings(model, name)), model.peft_config[name])
 
 
 def require_no_adapter(candidates: Sequence[Candidate], names: Collection[str]) -> None:

@@ -7,25 +7,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-ADAPTER_FIX = "Set state_dict_type: FULL_STATE_DICT of FSDP."
-"""The fix if `saves_no_adapter`."""
-
 
 def saves_shards(trainer: Any) -> bool:
-    """Return whether a Trainer saves a model, not an adapter, only in shards, which no `from_pretrained` reads."""
-    return not _is_adapter(trainer) and (_saves_fsdp_shards(trainer) or _saves_zero_shards(trainer))
-
-
-def saves_no_adapter(trainer: Any) -> bool:
-    """Return whether a Trainer saves an adapter of PEFT only in shards. With ZeRO-3 it always saves whole adapters."""
-    return _is_adapter(trainer) and _saves_fsdp_shards(trainer)
+    """Return whether a Trainer saves its model only in shards, which no `from_pretrained` reads."""
+    return _saves_fsdp_shards(trainer) or _saves_zero_shards(trainer)
 
 
 def small_files_of(trainer: Any) -> dict[str, bytes]:
-    """Return the configurations of the model and the files of its tokenizer or processor, by path."""
+    """Return the configurations of the model and the files of its tokenizer or processor, by path.
+
+    There is no configuration of the model if the Trainer trains an adapter.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     parts = [trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)]
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) and not _is_adapter(trainer):
         config = deepcopy(model.config)
         config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 derives a class with this prefix
         parts += [config, model.generation_config if model.can_generate() else None]
@@ -48,7 +43,7 @@ def _saves_fsdp_shards(trainer: Any) -> bool:
 
 
 def _saves_zero_shards(trainer: Any) -> bool:
-    if not trainer.is_deepspeed_enabled:
+    if not trainer.is_deepspeed_enabled or _is_adapter(trainer):  # The Trainer gathers adapters in any case.
         return False
     engine = trainer.model_wrapped
     return engine.zero_optimization_partition_weights() and not engine.zero_gather_16bit_weights_on_model_save()

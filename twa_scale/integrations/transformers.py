@@ -16,7 +16,7 @@ from twa_scale.integrations.averaging import LEARNED, Averaging, repeated
 from twa_scale.integrations.coefficients import STATE as COEFFICIENTS
 from twa_scale.integrations.coefficients import load_coefficients, save_coefficients
 from twa_scale.integrations.logged_names import added_metrics_as
-from twa_scale.integrations.saved_by_trainer import ADAPTER_FIX, saves_no_adapter, saves_shards, small_files_of
+from twa_scale.integrations.saved_by_trainer import saves_shards, small_files_of
 from twa_scale.output.overwriting import check_replaceable
 
 AVERAGE = "average"
@@ -75,8 +75,6 @@ class TwaCallback(Averaging, _CheckedCallback):
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
-        if saves_no_adapter(self._trainer) and self._learn is not None:
-            raise ConfigError(f"TwaCallback: the Trainer would not write the learned average. {ADAPTER_FIX}")
         with averages.pods.agree():
             if averages.pods.rank == 0 and saves_shards(self._trainer):
                 self._check_replaceable(Path(args.output_dir), state.global_step)
@@ -209,8 +207,10 @@ class TwaCallback(Averaging, _CheckedCallback):
         files = {path.name for path in directory.rglob("*")} - {"training_args.bin"}
         written = any(name.endswith((".safetensors", ".bin")) for name in files)
         if self._trainer.args.should_save and not written:
-            fix = ADAPTER_FIX if saves_no_adapter(self._trainer) else "Look at what its save_model writes."
-            notice(f"{directory}: the Trainer has written no weights of the average there. {fix}")
+            notice(
+                f"{directory}: the Trainer has written no weights of the average there. Look at what its save_model "
+                "writes."
+            )
         return written
 
     def _small_files(self) -> dict[str, bytes]:

@@ -8,20 +8,19 @@ import torch
 
 from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.candidates.buffers import is_statistic
-from twa_scale.candidates.carry_over import BASE
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
 from twa_scale.output.ranks_writer import Writer, writing
 from twa_scale.output.small_files import Files
-from twa_scale.output.snapshot_form import snapshot_form
+from twa_scale.output.snapshot_form import SnapshotForm
 from twa_scale.output.stored_form import StoredForm
 
 
 def write_checkpoint(
     engine: Engine,
     path: str | Path,
+    form: SnapshotForm,
     *,
-    dtype: torch.dtype | None,
     max_shard_size: str | int,
     files: Files,
     metadata: Mapping[str, str],
@@ -29,32 +28,30 @@ def write_checkpoint(
     published: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write the live weights in the form in which the library of the model saves and loads it. Collective in a pod.
+    """Write the live weights to the directory `path`. Collective in a pod.
 
     Args:
         engine: the engine of the model.
         path: the directory to write.
-        dtype: the type of floating point tensors in the files; None for their type in the model.
+        form: the form of the files.
         max_shard_size, files, metadata, overwrite, published: as for `writing`.
         progress: as for `write_live`.
 
     Raises:
         OutputError: on every rank; `path` is unchanged.
     """
-    form = snapshot_form(engine, dtype)
     with writing(
         path,
-        form.specs,
+        form.tensors.specs,
         engine.shard_group,
-        max_shard_size=max_shard_size,
+        max_shard_size=form.carried.shard_size(max_shard_size),
         files=files,
         overwrite=overwrite,
-        base=BASE,
+        base=form.carried.base,
         metadata=metadata,
         published=published,
     ) as writer:
-        names = {name: (name,) for name in (*engine.parameters, *engine.buffers())}
-        write_live(writer, engine, names, form, progress)
+        write_live(writer, engine, {name: (name,) for name in form.tensors.tensors}, form.tensors, progress)
 
 
 def write_live(

@@ -51,6 +51,8 @@ class Snapshots:
     whichever `Snapshots` wrote it. A directory of a step that holds other files, such as an optimizer state, is neither
     replaced nor deleted, and `keep_last` deletes only candidates that a `Snapshots` wrote.
 
+    The candidates of a model that trains an adapter of PEFT, and nothing else, are adapters without the base model.
+
     With `asynchronous`, a due step copies the data of this rank to host memory, in the type of the file, and returns. A
     thread writes the copy while training continues. Only one candidate is written at a time: the next due step waits
     for it. Errors are raised on every rank by the next due step, `wait` or `close`. Use `Snapshots` in a `with` block,
@@ -181,29 +183,38 @@ class Snapshots:
             self.close()
 
     def _write(self, engine: Engine, path: Path, step: int) -> None:
+        form = snapshot_form(engine, self._dtype)
         write_checkpoint(
             engine,
             path,
-            dtype=self._dtype,
+            form,
             max_shard_size=self._max_shard_size,
             overwrite=True,
             published=partial(self._delete_old, step),
-            **snapshot_files(step, self._files),
+            **snapshot_files(step, {**form.carried.files, **self._files}),
         )
 
     def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
         form, group = snapshot_form(engine, self._dtype), engine.shard_group
-        specs, extra, limit = form.specs, snapshot_files(step, self._files), self._max_shard_size
+        specs, extra = form.tensors.specs, snapshot_files(step, {**form.carried.files, **self._files})
         writer = open_writer(
-            path, specs, group, max_shard_size=limit, overwrite=True, base=BASE, metadata=extra["metadata"]
+            path,
+            specs,
+            group,
+            max_shard_size=form.carried.shard_size(self._max_shard_size),
+            overwrite=True,
+            base=form.carried.base,
+            metadata=extra["metadata"],
         )
         try:
             copies: list[tuple[Span, torch.Tensor]] = []
             with group.agree():
                 dtypes = {spec.name: spec.dtype for spec in specs}
                 for copy, live in _local_values(engine):
+                    if copy.name not in form.tensors.tensors:
+                        continue
                     masks = may_be_mask(engine, copy.name)
-                    for span, values in form.spans(copy, live.detach()):
+                    for span, values in form.tensors.spans(copy, live.detach()):
                         copies.append((span, _host_copy(values, dtypes[span.name])))
                         require_finite(span, values, copies[-1][1], allow_infinite=masks)
             counts = dict.fromkeys(dtypes, 0)

@@ -39,6 +39,11 @@ class StoredForm:
     _made: Mapping[str, Segments]
     """The segments in the files of the other tensors, by the name in the model."""
 
+    @property
+    def tensors(self) -> Collection[str]:
+        """The names in the model of the tensors that the files hold."""
+        return self._itemsize.keys()
+
     def stored_name(self, name: str) -> str:
         """Return the name of a tensor in the files, or its own name if it is stored in parts of others."""
         return self._names.get(name, name)

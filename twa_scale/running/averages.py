@@ -311,7 +311,8 @@ class RunningAverages:
     ) -> None:
         """Write an average as safetensors to the directory `path`, each rank its own part. Collective.
 
-        Tensors have the names with which transformers saves its models, or else those of the model.
+        Tensors have the names with which transformers saves its models and PEFT its adapters, or else those of the
+        model. The output of a model that trains an adapter, and nothing else, is an adapter without the base model.
 
         Args:
             path: a directory that is new or empty, on a file system that all ranks share.

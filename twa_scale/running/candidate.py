@@ -10,7 +10,6 @@ from twa_scale.candidates.complex_tensors import in_pairs
 from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.engines import Engine
 from twa_scale.output.model_card import SNAPSHOT_LABEL
-from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.output.stored_form import StoredForm
 
 
@@ -30,6 +29,7 @@ class SnapshotCandidate:
         self._tensors = {
             name: (shape[:-1], dtype.to_complex()) if name in pairs else (shape, dtype)
             for name, (shape, dtype) in tensors.items()
+            if name in form.tensors
         }
         self._form = form
         self.stored_names = {name: form.stored_name(name) for name in self._tensors}
@@ -62,7 +62,6 @@ class SnapshotCandidate:
         """Do nothing, because the window remains in use."""
 
 
-def snapshot_candidates(engine: Engine, steps: Sequence[int]) -> list[Candidate]:
-    """Return the snapshots of `steps` as candidates. Complex tensors are pairs of real numbers."""
-    form = snapshot_form(engine, None)
+def snapshot_candidates(engine: Engine, steps: Sequence[int], form: StoredForm) -> list[Candidate]:
+    """Return the snapshots of `steps` as candidates in a form of files. Complex tensors are pairs of real numbers."""
     return [in_pairs(SnapshotCandidate(engine, step, form)) for step in steps]

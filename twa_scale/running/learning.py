@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from twa_scale.engines.split_spans import SpanParts, SplitEngine
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
 from twa_scale.output import Files, check_files
+from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.running.candidate import snapshot_candidates
 from twa_scale.running.window import Window
@@ -96,7 +98,9 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         engine.keeps_optimizer = True
         engine.check()
         require_trainable(config, engine, pods)
-        candidates = snapshot_candidates(engine, window.steps)
+        form = snapshot_form(engine, None)
+        carried = replace(form.carried, files={**form.carried.files, **carried.files})
+        candidates = snapshot_candidates(engine, window.steps, form.tensors)
         stacked = experts_of(engine.module, engine.parameters, config)
         if stacked:
             engine = SplitEngine(engine, stacked)
@@ -104,7 +108,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
             span_parts = {
                 span: parts for span, parts in engine.parts.items() if span.name in stacked and span in window_spans
             }
-        layout = matched(engine, candidates, config, stacked=stacked)
+        layout = matched(engine, candidates, config, form.adapter, stacked)
         weights = center_weights(config.center, len(candidates))
         check_settings(config, weights)
     require_same_settings(pods, {"the steps of the snapshots": window.steps, **config.model_dump(mode="json")})

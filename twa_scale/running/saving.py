@@ -59,12 +59,13 @@ def export(
         progress: called on every rank that writes, with the bytes just written and the total.
     """
     with pods.agree():
-        files = with_card(carried.files_for(options.dtype), origin)
+        form = snapshot_form(engine, options.dtype)
+        files = with_card({**form.carried.files, **carried.files_for(options.dtype)}, origin)
         if pods.number == 0:  # Pods hold the same weights.
             write_checkpoint(
                 engine,
                 path,
-                dtype=options.dtype,
+                form,
                 max_shard_size=options.max_shard_size,
                 overwrite=options.overwrite,
                 progress=progress,
@@ -106,23 +107,31 @@ def _save(
     max_shard_size: str | int,
 ) -> None:
     form = snapshot_form(engine, dtype)
-    small_files = snapshot_files(window.steps[i], files)
     with writing(
-        path, form.specs, engine.shard_group, max_shard_size=max_shard_size, overwrite=True, base=BASE, **small_files
+        path,
+        form.tensors.specs,
+        engine.shard_group,
+        max_shard_size=form.carried.shard_size(max_shard_size),
+        overwrite=True,
+        base=form.carried.base,
+        **snapshot_files(window.steps[i], {**form.carried.files, **files}),
     ) as writer:
         window_spans = set(window.spans)
 
         def write(span: Span, values: torch.Tensor) -> None:
-            for stored, part in form.spans(span, values):
+            for stored, part in form.tensors.spans(span, values):
                 writer.write(stored, part, allow_infinite=may_be_mask(engine, span.name))
 
         for span in engine.spans():
+            if span.name not in form.tensors.tensors:
+                continue
             pieces = _combined(window, i, span) if span in window_spans else [(span, engine.live(span))]
             for piece, values in pieces:
                 write(piece, values)
         if engine.shard_group.rank == 0:
             for name, buffer in engine.buffers().items():
-                write(whole_tensor(name, tuple(buffer.shape)), window.buffer(name, i).reshape(-1))
+                if name in form.tensors.tensors:
+                    write(whole_tensor(name, tuple(buffer.shape)), window.buffer(name, i).reshape(-1))
 
 
 def _combined(window: Window, i: int, span: Span) -> Iterator[tuple[Span, torch.Tensor]]:

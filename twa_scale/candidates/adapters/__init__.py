@@ -1,6 +1,7 @@
 """Adapters of PEFT as candidates. Start with `spaces.py`."""
 
 from twa_scale.candidates.adapters.adapter_config import (
+    ADAPTER_BASE,
     ADAPTER_CONFIG,
     PREFIX,
     AdapterConfig,
@@ -14,6 +15,7 @@ from twa_scale.candidates.adapters.spaces import Space, described, in_space, sca
 from twa_scale.candidates.adapters.truncated import Truncated, Truncation, ranks_of, relative_error
 
 __all__ = [
+    "ADAPTER_BASE",
     "ADAPTER_CONFIG",
     "PREFIX",
     "AdapterConfig",

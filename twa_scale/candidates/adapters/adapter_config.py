@@ -16,6 +16,8 @@ from twa_scale.errors import CandidateError
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file with the settings of an adapter, next to its weights."""
+ADAPTER_BASE = "adapter_model"
+"""The name of its file of weights, without the suffix."""
 PREFIX = "base_model.model."
 """The prefix that PEFT adds to the names of the model that it wraps."""
 _MERGED = "Merge each adapter into its base model (merge_and_unload), and average the full weights."

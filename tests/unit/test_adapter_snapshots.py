@@ -1,0 +1,97 @@
+"""Snapshots and averages of a model that trains an adapter of PEFT are adapters, which PEFT loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, VeraConfig
+from safetensors.torch import load_file
+
+import twa_scale
+from tests import adapters
+from tests.adapters import adapted, load, logits, save
+from twa_scale import TwaWarning
+
+KINDS = {
+    "LoRA": LoraConfig(r=4, target_modules=["c_attn", "wte"], fan_in_fan_out=True, modules_to_save=["ln_f"]),
+    "DoRA": LoraConfig(r=4, use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True),
+    "VeRA": VeraConfig(r=8, target_modules=["lm_head"]),
+    "IA3": IA3Config(target_modules=["c_attn", "mlp.c_fc"], feedforward_modules=["mlp.c_fc"], fan_in_fan_out=True),
+}
+
+
+def move(model: Any) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def assert_loads(path: Path, model: Any) -> None:
+    """Check that PEFT loads an adapter with which the base model has the same outputs, and that it has no more tensors
+    than PEFT writes."""
+    assert torch.equal(logits(load(path)), logits(model))
+    written = load_file(save(model, path.parent / f"{path.name}-by-peft") + "/adapter_model.safetensors")
+    assert written.keys() == load_file(path / "adapter_model.safetensors").keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_snapshots_are_adapters(tmp_path: Path, kind: str, asynchronous: bool) -> None:
+    model = adapted(KINDS[kind])
+    with twa_scale.Snapshots(tmp_path, every_n_steps=1, asynchronous=asynchronous, max_shard_size=500) as snapshots:
+        for step in (1, 2):
+            move(model)
+            path = snapshots.save(model, step)
+    assert_loads(path, model)
+    with pytest.warns(TwaWarning, match="the base model keeps its"):
+        twa_scale.attach(model, str(tmp_path / "step-*[0-9]"), {"space": "factors"}).close()
+
+
+def test_averages_of_a_training_are_adapters(tmp_path: Path) -> None:
+    model = adapted(KINDS["LoRA"])
+    averages = twa_scale.RunningAverages(model, ema=[0.5], window={"every": 1, "keep": 3, "store": "dense32"})
+    for _ in range(3):
+        move(model)
+        averages.step()
+    averages.export(tmp_path / "ema", "ema")
+    with averages.weights("ema"):
+        assert_loads(tmp_path / "ema", model)
+    assert "library_name: peft" in (tmp_path / "ema" / "README.md").read_text()
+    saved = averages.save(tmp_path / "window")
+    with averages.weights(1):
+        assert_loads(saved[1], model)
+    with pytest.warns(TwaWarning, match="exports are adapters"), averages.learning({"groups": "block"}) as twa:
+        model(adapters.IDS, labels=adapters.IDS).loss.backward()
+        twa.step()
+        twa.export(tmp_path / "learned")
+        assert_loads(tmp_path / "learned", model)
+    assert twa.coefficients.shape[0] == 3
+
+
+def test_injected_adapters_have_the_names_that_transformers_writes(tmp_path: Path) -> None:
+    model = adapters.base()
+    model.add_adapter(LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "by-transformers")
+    path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
+    actual, wanted = (load_file(p / "adapter_model.safetensors") for p in (path, tmp_path / "by-transformers"))
+    assert actual.keys() == wanted.keys() and all(torch.equal(value, wanted[name]) for name, value in actual.items())
+    assert json.loads((path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_snapshots_hold_the_base_model_if_it_is_trained_too(tmp_path: Path) -> None:
+    model = adapted(KINDS["LoRA"])
+    model.base_model.model.transformer.wpe.weight.requires_grad_(True)
+    path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
+    assert load_file(path / "model.safetensors").keys() >= {"base_model.model.transformer.wpe.weight"}
+
+
+def test_two_active_adapters_are_written_with_the_base_model(tmp_path: Path) -> None:
+    model = adapted(KINDS["DoRA"])
+    model.add_adapter("second", KINDS["DoRA"])
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.warns(TwaWarning, match="hold the base model too, because .* 2 active adapters"):
+        path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
+    assert len(load_file(path / "model.safetensors")) == len(dict(model.named_parameters()))
