@@ -185,6 +185,11 @@ class Simulated(TorchDispatchMode):
     def unlock(self, address: int) -> None:
         del self._locked[address]
 
+    @property
+    def num_locked(self) -> int:
+        """The number of pieces of page-locked memory."""
+        return len(self._locked)
+
     def locked(self, tensor: Tensor) -> bool:
         return any(low <= tensor.data_ptr() < high for low, (high, _) in self._locked.items())
 

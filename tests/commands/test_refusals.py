@@ -348,7 +348,7 @@ def test_invalid_runs_raise_on_every_rank(ranks: Pool, scores: TrainedCandidates
         assert isinstance(ranks.error(run_here, 2, data=data), TwaError)
 
 
-@pytest.mark.parametrize("name", ["config.json", "summary.json", "state.pt"])
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "state.pt", "loggers.json"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_files_of_others_in_the_output_are_kept(
     scores: TrainedCandidates, tmp_path: Path, name: str, resume: bool
@@ -360,6 +360,20 @@ def test_files_of_others_in_the_output_are_kept(
     with pytest.raises(TwaError, match=message):
         run_here(settings(scores.candidates, scores.task, tmp_path, resume=resume))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+def test_a_candidate_that_the_average_would_replace_is_refused_before_a_run(
+    scores: TrainedCandidates, tmp_path: Path
+) -> None:
+    sources = sorted(Path(scores.candidates).parent.glob(Path(scores.candidates).name))
+    shutil.copytree(sources[0], tmp_path / "out" / "average")
+    before = sorted((tmp_path / "out").rglob("*"))
+    data = settings("", scores.task, tmp_path / "out") | {
+        "candidates": [str(sources[1]), str(tmp_path / "out/average")]
+    }
+    with pytest.raises(OutputError, match="holds"):
+        run_here(data)
+    assert sorted((tmp_path / "out").rglob("*")) == before
 
 
 def test_an_output_that_is_a_candidate_is_refused(scores: TrainedCandidates, tmp_path: Path) -> None:

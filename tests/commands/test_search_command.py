@@ -111,6 +111,16 @@ def test_invalid_searches_are_refused(
     assert not (tmp_path / "out/search/average").exists() and not (tmp_path / "out/search/.lock").exists()
 
 
+def test_a_summary_of_others_is_kept(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
+    config = written(scores, tmp_path)
+    path = Path(json.loads(config.read_text())["output"]) / "search" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"mine": 1}')
+    result = shell("search", config)
+    assert result.code and "was not written by a search" in " ".join(result.err.split())
+    assert path.read_text() == '{"mine": 1}'
+
+
 def test_run_and_search_share_an_output(scores: TrainedCandidates, tmp_path: Path, shell: Any) -> None:
     """A search writes to its own directory and keeps the files of a run."""
     config = written(scores, tmp_path)

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import twa_scale
 from tests.integrations.examples import run_example
@@ -32,6 +32,7 @@ from tests.integrations.train_transformers import (
 )
 from twa_scale import ConfigError, StateError, TwaError, TwaWarning
 from twa_scale.average.measures import effective_candidates, mean_coefficients
+from twa_scale.integrations.saved_by_trainer import small_files_of
 from twa_scale.integrations.transformers import CoefficientsCallback, TwaCallback
 from twa_scale.tools.report import write_report
 
@@ -120,6 +121,29 @@ def test_adapters_are_whole_where_the_trainer_saves_shards(trained: Path) -> Non
         )
         assert same(actual, wanted)
         PeftModel.from_pretrained(build(0), str(trained / "fsdp2" / "adapters" / average))
+
+
+def test_small_files_are_those_that_transformers_saves(tmp_path: Path) -> None:
+    """This includes the code of a model that transformers does not know."""
+    source = tmp_path / "source"
+    source.mkdir()
+    code = {"Config": "PretrainedConfig", "Model": "PreTrainedModel"}
+    for name, base in code.items():
+        text = f"from transformers import {base}\nclass Own{name}({base}):\n    model_type = 'own'\n"
+        (source / f"own_{name.lower()}.py").write_text(text)
+    model = "from torch import nn\nfrom .own_config import OwnConfig\n" + (source / "own_model.py").read_text()
+    model += "    config_class = OwnConfig\n    def __init__(self, config):\n        super().__init__(config)\n"
+    model += "        self.layer = nn.Linear(2, 2)\n        self.post_init()\n"
+    (source / "own_model.py").write_text(model)
+    auto_map = {"AutoConfig": "own_config.OwnConfig", "AutoModel": "own_model.OwnModel"}
+    (source / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    own = AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=True), trust_remote_code=True)
+    trainer = Trainer(model=own, args=TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True))
+    trainer.save_model()
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    del wanted["model.safetensors"], wanted["training_args.bin"]
+    assert wanted.keys() == {"config.json", "own_config.py", "own_model.py"}
+    assert small_files_of(trainer) == wanted
 
 
 def learned_by_hand(settings: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -222,6 +222,13 @@ def overwrite(model: Any) -> None:
             parameter.fill_(0.5)
 
 
+def replace_one_and_write_others(model: Any) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    replace(model)
+
+
 def stride(model: Any) -> None:
     parameter = own_parameter(model)
     parameter.data = parameter.data.t().contiguous().t()
@@ -231,6 +238,7 @@ def stride(model: Any) -> None:
     ("engine", "change", "on", "has"),
     [
         ("plain", double, [0, 1], "as they are now, without coefficients"),
+        ("plain", replace_one_and_write_others, [0, 1], "as they are now, without coefficients"),
         ("plain", double, [1], "that the average wrote"),  # a replica whose weights are not exported
         ("ddp", double, [0, 1], "as they are now, without coefficients"),
         *((engine, overwrite, [0, 1], "that the average wrote") for engine in zero.ENGINES),

@@ -26,6 +26,7 @@ from twa_scale.base.spans import Span
 from twa_scale.config import center_weights
 from twa_scale.engines import choose_engine
 from twa_scale.engines.zero import is_deepspeed
+from twa_scale.output.shared import require_shared
 from twa_scale.running import learning
 
 STEPS = 8
@@ -271,6 +272,44 @@ def test_a_distributed_checkpoint_carries_the_state(ranks: Pool, tmp_path: Path)
         assert same_bits(actual, wanted)
     for actual in ranks(load_distributed, 3, directory=tmp_path, window=False):  # the shards of other ranks differ
         assert all(same_bits(value, wanted[name]) for name, value in actual.items())
+
+
+def saved_with_a_complex_buffer() -> list[bool]:
+    """Return whether the averages in the state of a model with a complex buffer are DTensors."""
+    model: nn.Module = nn.Linear(6, 4)
+    model.register_buffer("frequencies", torch.ones(3, dtype=torch.complex64))
+    fully_shard(model)
+    averages = twa_scale.RunningAverages(model, ema=[0.5])
+    averages.step()
+    (average,) = averages.state_dict()["ema"].values()
+    return [isinstance(value, DTensor) for value in average["weights"].values()]
+
+
+def test_complex_buffers_do_not_prevent_resharding(ranks: Pool) -> None:
+    assert ranks(saved_with_a_complex_buffer, 2) == [[True, True]] * 2
+
+
+def apart(directory: Path) -> list[str]:
+    """Return the errors of ranks that each have a directory of their own."""
+    averages = twa_scale.RunningAverages(wrapped("fsdp2"), ema=[0.5])
+    averages.step()
+    own = directory / str(averages.pods.rank)
+    averages.save_state(directory / "0")
+    calls = (lambda: averages.load_state(own), lambda: require_shared(own, averages.pods), lambda: different(averages))
+    return [raised(call) for call in calls]
+
+
+def different(averages: Any) -> None:
+    averages.compare(lambda _: float(averages.pods.rank))
+
+
+def test_ranks_that_see_different_files_or_scores_are_refused(ranks: Pool, tmp_path: Path) -> None:
+    first, second = ranks(apart, 2, directory=tmp_path)
+    assert first == second and list((tmp_path / "0").glob(".twa-scale-*")) == []
+    state, shared, scores = first
+    assert "rank 1 sees no state of averages there, but rank 0 does" in state
+    assert "not on a shared file system" in shared
+    assert "compare: the score is" in scores
 
 
 def fully_sharded() -> nn.Module:

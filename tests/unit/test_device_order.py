@@ -17,6 +17,7 @@ from twa_scale.engines.model_checks import require_device
 from twa_scale.engines.plain import PlainEngine
 from twa_scale.kernels import choose_kernels
 from twa_scale.ranks import Group
+from twa_scale.store.host_memory import PinnedMemory
 from twa_scale.store.make import host_store
 from twa_scale.store.offloaded import OffloadedStore
 
@@ -182,3 +183,15 @@ def test_engine_device_without_an_index(device: Simulated) -> None:
     engine = UnitsOnStreams(build(device), device)
     engine.device = torch.device("cuda")
     require_device(engine)
+
+
+def test_page_locked_memory_is_unlocked_with_its_tensor(device: Simulated) -> None:
+    """The system may give its addresses to other memory, which could not be locked then."""
+    memory = PinnedMemory(CUDA)
+    first, second = (memory.zeros(100, dtype=torch.float32, device=torch.device("cpu")) for _ in range(2))
+    assert device.locked(first) and device.locked(second)
+    del first
+    assert device.num_locked == 1
+    memory.close()
+    assert device.num_locked == 0
+    del second  # not unlocked again

@@ -449,3 +449,29 @@ def test_default_device_is_not_used() -> None:
     assert torch.equal(coefficients, expected)
     for name, value in candidates()[-1].items():
         torch.testing.assert_close(last[name], value)
+
+
+def test_default_device_is_not_used_by_averages_of_a_training(tmp_path: Path) -> None:
+    net = nn.Linear(6, 4)
+    averages = twa_scale.RunningAverages(net, ema=[0.5], window={"every": 1, "keep": 3})
+    snapshots = twa_scale.Snapshots(tmp_path / "snapshots", every_n_steps=1, asynchronous=True)
+    with torch.device("meta"):
+        for step in (1, 2):
+            with torch.no_grad():
+                net.weight.add_(1.0)
+            averages.step()
+            snapshots.step(net, step)
+        snapshots.close()
+        for name in (*averages.names, "lawa:2"):
+            with averages.weights(name):
+                pass
+        averages.load_state_dict(averages.state_dict())
+        averages.save_state(tmp_path)
+        assert averages.load_state(tmp_path)
+        averages.save(tmp_path / "window")
+        averages.export(tmp_path / "mean", "mean")
+    wanted = net.weight.detach() - 0.5
+    torch.testing.assert_close(load_file(tmp_path / "mean/model.safetensors")["weight"], wanted)
+    for directory in ("snapshots", "window"):
+        actual = load_file(tmp_path / directory / "step-00000002/model.safetensors")["weight"]
+        torch.testing.assert_close(actual, net.weight.detach())

@@ -610,11 +610,28 @@ def test_an_average_is_written_with_its_description(tmp_path: Path) -> None:
         averages.export(out, "ema")
     averages.export(out, "ema", overwrite=True)
     assert "an exponential average" in (out / "README.md").read_text()
-    for wrong, error in (({"which": "ema:0.5"}, ConfigError), ({"which": "ema", "dtype": torch.int8}, ConfigError)):
-        with pytest.raises(error):
-            averages.export(tmp_path / "wrong", **wrong)
+    wrong: dict[type[TwaError], list[dict[str, Any]]] = {
+        ConfigError: [{"which": "ema:0.5"}, {"dtype": torch.int8}, {"max_shard_size": "5XB"}, {"files": {"../a": b""}}],
+        OutputError: [{"files": {"config.json": tmp_path / "missing"}}],
+    }
+    for error, refused in wrong.items():
+        for options in refused:
+            with pytest.raises(error):
+                averages.export(tmp_path / "wrong", **{"which": "ema", **options})
     assert not (tmp_path / "wrong").exists() and torch.equal(model.weight.detach().double(), seen[-1])
     averages.step()
+
+
+def test_config_json_of_an_average_names_the_type_of_its_weights(tmp_path: Path) -> None:
+    """Weights in training may be wider than those of the checkpoint from which it started."""
+    averages, _, _ = followed(2, ema=[0.9], window={"every": 1, "keep": 2})
+    files = {"config.json": json.dumps({"dtype": "bfloat16"}).encode()}
+    averages.export(tmp_path / "ema", "ema", files=files)
+    with pytest.warns(TwaWarning, match="no step was taken"), averages.learning(files=files) as twa:
+        averages._engine.module(torch.ones(1, 50)).sum().backward()
+        twa.export(tmp_path / "learned")
+    for name in ("ema", "learned"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_state_file_is_complete_or_not_there(tmp_path: Any, monkeypatch: Any) -> None:

@@ -236,7 +236,7 @@ class TrainableAverage(Stateful):
             progress: called on every rank that writes, with the bytes just written and the total.
 
         Raises:
-            OutputError: on every rank; `path` is unchanged.
+            ConfigError, OutputError, TwaError: on every rank; `path` is unchanged.
         """
         self.write_deferred()
         self._same.require()

@@ -205,5 +205,5 @@ class Simplex(Basis):
         return bool((a > 0).all())
 
     def locate(self, a: torch.Tensor) -> torch.Tensor:
-        """Return log(a), which is finite if `reaches` returns True."""
+        """Return log(a), which is finite if `can_start_at` returns True."""
         return torch.log(a)

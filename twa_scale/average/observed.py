@@ -1,4 +1,4 @@
-"""The read-only part of an average: its coefficients, measures of them, costs and provenance."""
+"""What can be asked of an average: its coefficients, measures of them, costs and provenance."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -31,7 +31,7 @@ from twa_scale.store import Store, step_cost, update_bytes
 
 
 class Observed:
-    """The read-only part of a `TrainableAverage`, which has the attributes."""
+    """The methods of a `TrainableAverage` that train nothing. It sets the attributes."""
 
     pods: Pods
     layout: Layout

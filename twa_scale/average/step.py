@@ -81,7 +81,6 @@ class CoefficientStep:
         products *= clip
         finite = self._checked(products)
         if not finite and scaler is None:
-            self.clear()
             if self._engine.loss_scale:
                 return False
             raise NotFiniteError(

@@ -143,16 +143,19 @@ class Weights:
             )
 
     def change(self, choose: Callable[[], Chosen]) -> Change | None:
-        """Return what other code has changed since `write(choose)`, for an export."""
+        """Return what other code has changed since `write(choose)`, for an export. A live change comes first."""
+        replaced = None
         try:
-            name = self._written_by_others()
-            if name is None:
+            may_differ = self._written_by_others() is not None
+            if not may_differ:
                 self._samples.compare(wait=True)
-                name = self._samples.changed()
+                may_differ = self._samples.changed() is not None
         except EngineError as error:
-            return Change(str(error), is_live=False)
-        if name is not None and (name := self._differing(choose)) is not None:
+            replaced, may_differ = Change(str(error), is_live=False), True
+        if may_differ and (name := self._differing(choose)) is not None:
             return Change(_written(name), is_live=True)
+        if replaced:
+            return replaced
         name = self._differing_copy()
         return None if name is None else Change(_written(name), is_live=False)
 
@@ -161,10 +164,9 @@ class Weights:
         """Return a parameter whose values on this rank are not those of `choose()`."""
         write = self._writer(*choose())
         for span in self._groups:
-            live = self._engine.live(span)
-            written = torch.empty(len(span), dtype=self._dtypes[span], device=live.device)
+            written = torch.empty(len(span), dtype=self._dtypes[span], device=self._engine.device)
             write(span, written)
-            if not torch.equal(live.to(written.dtype), written):
+            if not torch.equal(self._engine.live(span).to(written), written):  # other code may have moved the model
                 return span.name
         return None
 

@@ -55,6 +55,10 @@ class ViewAsRealEngine(EngineView):
         low = self._engine.low_precision(self._halved(span))
         return None if low is None else real_view(low).view(-1)
 
+    def sharded(self, span: Span, values: torch.Tensor) -> torch.Tensor | None:
+        """Return the values of a local span as a DTensor, if its parameter is one and not complex."""
+        return None if span.name in self.complex_names else super().sharded(span, values)
+
     def units(self) -> list[list[Span]]:
         """Return the spans that the model uses at once."""
         return [[self._doubled(span) for span in unit] for unit in self._engine.units()]

@@ -118,7 +118,8 @@ class Engine(metaclass=_CheckedMeta):
     def boundary(self) -> bool:
         """Return whether the gradients are complete.
 
-        An engine that counts gradient accumulation itself returns False for all micro-batches but the last.
+        It is called once for each micro-batch. An engine whose library counts gradient accumulation counts the
+        micro-batch, and returns False for all but the last.
         """
         return True
 

@@ -14,6 +14,7 @@ from twa_scale.engines.flat_parameters import FlatEngine, FlatUnit, Member, one_
 from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
+from twa_scale.version import TESTED_TORCH
 
 _MODULE = ("_handle", "_is_root", "_sync_gradients")
 _HANDLE = ("flat_param", "uses_sharded_strategy", "reshard", "post_reshard", "_prefetched")
@@ -192,5 +193,5 @@ def _translate_attribute_errors() -> Iterator[None]:
 def _missing_attribute(name: str | None) -> EngineError:
     return EngineError(
         f"FullyShardedDataParallel of torch {torch.__version__} has no {name!r}, which this version of twa_scale "
-        "needs; use fully_shard, or torch 2.6 to 2.14."
+        f"needs; use fully_shard, or torch {TESTED_TORCH}."
     )

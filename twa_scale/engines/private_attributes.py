@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterable
 
 from twa_scale.errors import EngineError
+from twa_scale.version import TESTED_TORCH
 
-_TESTED = {"torch": "2.6 to 2.14", "deepspeed": "0.19", "fairscale": "0.4.13", "peft": "0.21"}
+_TESTED = {"torch": TESTED_TORCH, "deepspeed": "0.19", "fairscale": "0.4.13", "peft": "0.21"}
 
 
 def require(library: str, instance: object, names: Iterable[str]) -> None:

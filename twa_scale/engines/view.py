@@ -78,6 +78,10 @@ class EngineView(Engine):
         """Return values that change when other code writes a parameter."""
         return self._engine.changed(names)
 
+    def sharded(self, span: Span, values: torch.Tensor) -> torch.Tensor | None:
+        """Return the values of a local span as a DTensor, if its parameter is one."""
+        return self._engine.sharded(span, values)
+
     def steps_taken(self) -> int | None:
         """Return the number of optimizer steps, or None if the sharding library does not count them."""
         return self._engine.steps_taken()

@@ -18,15 +18,15 @@ from twa_scale.errors import ConfigError, StateError, TwaError
 from twa_scale.integrations.coefficients import named_rows, read_state
 from twa_scale.integrations.counting import count_steps
 from twa_scale.running import RunningAverages
-from twa_scale.running.settings import Ema, Window
+from twa_scale.running.settings import EmaOption, WindowOption
 
 
 def prepare(
     accelerator: Accelerator,
     model: Any,
     *,
-    ema: Ema | None = None,
-    window: Window | None = None,
+    ema: EmaOption | None = None,
+    window: WindowOption | None = None,
     device: str = "auto",
     name: str = "averages",
 ) -> RunningAverages:

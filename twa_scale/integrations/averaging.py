@@ -17,7 +17,7 @@ from twa_scale.config import TwaConfig, validated
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.output.add_provenance import add_provenance
 from twa_scale.running import RunningAverages
-from twa_scale.running.settings import Ema, Window, ema_settings, window_settings
+from twa_scale.running.settings import EmaOption, WindowOption, ema_settings, window_settings
 
 LEARNED = "the learned average of a window of snapshots"
 """The name in the provenance of an average that a callback has trained with `learn`."""
@@ -46,8 +46,8 @@ class Averaging:
     def __init__(
         self,
         *,
-        ema: Ema | None = None,
-        window: Window | None = None,
+        ema: EmaOption | None = None,
+        window: WindowOption | None = None,
         device: str = "auto",
         evaluate_with: Which = "auto",
         evaluate_also: Sequence[str] = (),

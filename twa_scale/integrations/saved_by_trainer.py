@@ -5,26 +5,35 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 
 
 def saves_shards(trainer: Any) -> bool:
-    """Return whether a Trainer saves its model only in shards, which no `from_pretrained` reads."""
+    """Return whether a Trainer saves its model only in shards, which no `from_pretrained` reads.
+
+    With FSDP it does so for all but full state dicts.
+    """
     return _saves_fsdp_shards(trainer) or _saves_zero_shards(trainer)
 
 
 def small_files_of(trainer: Any) -> dict[str, bytes]:
-    """Return the configurations of the model and the files of its tokenizer or processor, by path.
+    """Return the configurations and the code of the model, and the files of its tokenizer or processor, by path.
 
-    There is no configuration of the model if the Trainer trains an adapter.
+    Those of the model are left out if the Trainer trains an adapter.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     parts = [trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)]
+    config = None
     if isinstance(model, PreTrainedModel) and not _is_adapter(trainer):
+        kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # FSDP2 derives a class
         config = deepcopy(model.config)
-        config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 derives a class with this prefix
+        config.architectures = [kind.__name__]
         parts += [config, model.generation_config if model.can_generate() else None]
     with TemporaryDirectory() as name:
+        if config is not None and model.is_remote_code():
+            custom_object_save(kind.__new__(kind), name, config)  # reads the class only
         for part in parts:
             if part is not None:
                 part.save_pretrained(name)

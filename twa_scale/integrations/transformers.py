@@ -5,19 +5,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import transformers
 from transformers import Trainer, TrainerCallback
 
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.base.calls import running_calls
 from twa_scale.base.notices import notice
-from twa_scale.errors import ConfigError, StateError, TwaError
+from twa_scale.errors import ConfigError, OutputError, StateError, TwaError
 from twa_scale.integrations.averaging import LEARNED, Averaging, repeated
 from twa_scale.integrations.coefficients import STATE as COEFFICIENTS
 from twa_scale.integrations.coefficients import load_coefficients, save_coefficients
 from twa_scale.integrations.logged_names import added_metrics_as
 from twa_scale.integrations.saved_by_trainer import saves_shards, small_files_of
-from twa_scale.output.overwriting import check_replaceable
+from twa_scale.output.overwriting import own_weight_files
+from twa_scale.output.shared import require_shared
 
 AVERAGE = "average"
 """The directory of an average, in a checkpoint and in the output directory."""
@@ -44,11 +46,20 @@ class _CheckedCallback(TrainerCallback):  # type: ignore[misc]
         """Return the Trainer whose loop is running, and the checkpoint from which it resumes.
 
         Callbacks receive its model without wrappers, and therefore not the sharded one.
+
+        Raises:
+            TwaError: no Trainer is running, or this version of transformers names the checkpoint in another way.
         """
+        name = type(self).__name__
         for call in running_calls():
             if isinstance(trainer := call.f_locals.get("self"), Trainer):
-                return trainer, call.f_locals.get("resume_from_checkpoint")
-        name = type(self).__name__
+                checkpoint = call.f_locals.get("resume_from_checkpoint")
+                if checkpoint is None and trainer.state.global_step:
+                    raise TwaError(
+                        f"{name}: the Trainer resumes at step {trainer.state.global_step}, but transformers "
+                        f"{transformers.__version__} does not show from which checkpoint. Use another version."
+                    )
+                return trainer, checkpoint
         raise TwaError(f"{name}: give it to a Trainer, as Trainer(.., callbacks=[{name}(..)]).")
 
 
@@ -75,9 +86,8 @@ class TwaCallback(Averaging, _CheckedCallback):
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
-        with averages.pods.agree():
-            if averages.pods.rank == 0 and saves_shards(self._trainer):
-                self._check_replaceable(Path(args.output_dir), state.global_step)
+        if saves_shards(self._trainer):
+            self._check_output(Path(args.output_dir), range(state.global_step + 1, state.max_steps + 1))
         if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
             notice(f"{checkpoint}: has no averages; new ones start at step {state.global_step}. {_KILLED}")
         self._wrap_evaluate()
@@ -86,17 +96,29 @@ class TwaCallback(Averaging, _CheckedCallback):
             self._report_window(state.max_steps - state.global_step)
             self._check_best(args)
 
-    def _check_replaceable(self, output: Path, step: int) -> None:
-        """Check the averages of an earlier training that those after `step` will replace.
+    def _check_output(self, output: Path, steps: range) -> None:
+        """Check that all ranks can write averages, and that `export` will replace those of an earlier training.
+
+        Args:
+            output: the output directory of the Trainer.
+            steps: the steps of this training, which may write checkpoints.
 
         Raises:
-            OutputError: a directory holds files that `export` has not written, and therefore does not replace.
+            OutputError: on every rank; a directory holds an average that was not written with `export`, or ranks do not
+                share a file system.
         """
-        numbers = {path: path.parent.name.rpartition("-")[2] for path in output.glob(f"checkpoint-*/{AVERAGE}")}
-        later = [path for path, number in numbers.items() if number.isdigit() and int(number) > step]
-        for path in [output / AVERAGE, *(later if self._save else [])]:
-            if path.is_dir():
-                check_replaceable(path, overwrite=True)
+        assert self.averages is not None
+        pods = self.averages.pods
+        require_shared(output, pods)
+        with pods.agree():
+            checkpoints = {path: path.name.rpartition("-")[2] for path in output.glob("checkpoint-*") if self._save}
+            later = [path for path, step in checkpoints.items() if step.isdecimal() and int(step) in steps]
+            for path in (directory / AVERAGE for directory in (output, *later)):
+                if pods.rank == 0 and path.is_dir() and any(path.iterdir()) and not own_weight_files(path):
+                    raise OutputError(
+                        f"{path}: was not written by ranks together, but by a training that saved whole weights, and "
+                        "is not replaced. Remove it, or choose another output_dir."
+                    )
 
     def _check_best(self, args: Any) -> None:
         """Report that the Trainer does not load the weights whose score selected the best checkpoint."""
@@ -223,7 +245,8 @@ class TwaCallback(Averaging, _CheckedCallback):
         """Train the coefficients of the window on training batches, and write the result after `begin_writing()`."""
         assert self.averages is not None and self._evaluate is not None
         trainer = self._trainer
-        with self.averages.learning(self._learn, files=self._small_files()) as twa:
+        files = self._small_files() if saves_shards(trainer) else None
+        with self.averages.learning(self._learn, files=files) as twa:
             self._steps(twa, batches)
             if trainer.eval_dataset is not None:
                 with added_metrics_as(trainer, "eval_average"):

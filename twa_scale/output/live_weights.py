@@ -73,6 +73,7 @@ def write_live(
     spans, group = [span for span in engine.spans() if span.name in names], engine.shard_group
     first = len(spans) * group.rank // group.size  # Ranks start in different files to avoid waiting for each other.
     nbytes = {span: sum(form.nbytes(replace(span, name=name)) for name in names[span.name]) for span in spans}
+    total = sum(nbytes.values())
 
     def write(model_name: str, span: Span, values: torch.Tensor) -> None:
         masks = may_be_mask(engine, model_name)
@@ -83,7 +84,7 @@ def write_live(
     for span in spans[first:] + spans[:first]:
         write(span.name, span, engine.live(span))
         if progress:
-            progress(nbytes[span], sum(nbytes.values()))
+            progress(nbytes[span], total)
     if group.rank == 0:
         for model_name, buffer in engine.buffers().items():
             write(model_name, whole_tensor(model_name, tuple(buffer.shape)), buffer.reshape(-1))

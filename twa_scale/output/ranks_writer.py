@@ -16,6 +16,7 @@ from twa_scale.output.formats.copying import Copy, copy_file, version_of
 from twa_scale.output.overwriting import check_replaceable
 from twa_scale.output.provenance import with_signatures
 from twa_scale.output.publish import check_target, output_errors, publish, target_of, write_file
+from twa_scale.output.shared import not_shared
 from twa_scale.output.signatures import signature
 from twa_scale.output.small_files import Files, is_below
 from twa_scale.output.temporary import TemporaryName, remove_leftovers
@@ -318,10 +319,7 @@ def _opened(files: WeightFiles, directory: Path, target: Path) -> PlaceFunction:
 
 def _check_shared(target: Path, directory: Path, sizes: Mapping[str, int]) -> None:
     if any(not (directory / name).exists() or (directory / name).stat().st_size != n for name, n in sizes.items()):
-        raise OutputError(
-            f"{target}: this rank does not see the file that rank 0 created there, because it is not on a shared file "
-            "system. Choose a directory that every node mounts."
-        )
+        raise not_shared(target)
 
 
 def check_tiling(elements: Mapping[str, int], specs: Sequence[TensorSpec], group: Group) -> None:

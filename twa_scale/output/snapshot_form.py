@@ -1,6 +1,10 @@
 """The form of a model's snapshots: the names and shapes with which its library saves and loads it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
 
 import torch
 
@@ -12,7 +16,8 @@ from twa_scale.candidates.transformers_rules import transformers_rules
 from twa_scale.engines import Engine
 from twa_scale.engines.live_adapter import LiveAdapter, live_adapter
 from twa_scale.engines.module_names import named_modules
-from twa_scale.errors import EngineError
+from twa_scale.errors import EngineError, OutputError
+from twa_scale.output.small_files import Files, check_files
 from twa_scale.output.stored_form import StoredForm, Tensor, form_of_model
 
 
@@ -53,16 +58,53 @@ def snapshot_form(engine: Engine, dtype: torch.dtype | None) -> SnapshotForm:
         saved = {raw: live[name] for name, raw in in_files.items()}
         carried = CarriedFiles(ADAPTER_BASE, files={ADAPTER_CONFIG: adapter.config_file()})
         return SnapshotForm(form_of_model(own, saved, dtype), carried, adapter)
+    carried = CarriedFiles(wider=_most_common_type(tensors.values()))
     rules = transformers_rules(named_modules(engine.module), {name: shape for name, (shape, _) in stored.items()})
     if rules is not None and not rules.prefix:  # No loader reads a part of a model from these files.
         try:
-            return SnapshotForm(form_of_model(tensors, rules.saved(live), dtype), CarriedFiles())
+            return SnapshotForm(form_of_model(tensors, rules.saved(live), dtype), carried)
         except Exception as error:  # The rules are code of another library.
             report(
                 "snapshots hold the tensors under the model's own names, which from_pretrained reads, because the form "
                 f"in which transformers saves this model is unknown: {type(error).__name__}: {error}."
             )
-    return SnapshotForm(form_of_model(tensors, live, dtype), CarriedFiles())
+    return SnapshotForm(form_of_model(tensors, live, dtype), carried)
+
+
+def with_files(carried: CarriedFiles, files: Files, *, read: bool) -> CarriedFiles:
+    """Return `carried` with small files of the user, which replace those of the form.
+
+    Args:
+        carried: the files of a form.
+        files: the files of the user.
+        read: whether this rank reads their content; only the first one needs it.
+
+    Raises:
+        ConfigError, OutputError: a name is not valid, or a file cannot be read.
+    """
+    check_files(files, carried.base)
+    content = {name: _content(value) for name, value in files.items()} if read else {}
+    return replace(carried, files={**carried.files, **content})
+
+
+def _content(file: bytes | Path) -> bytes:
+    if isinstance(file, bytes):
+        return file
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise OutputError(
+            f"{file}: cannot be read: {error.strerror or error}. Give another path in `files`."
+        ) from error
+
+
+def _most_common_type(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """Return the floating point type of most elements, which config.json has to name."""
+    counts = Counter[torch.dtype]()
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point:
+            counts[tensor.dtype] += prod(tensor.shape)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _names_in_files(adapter: LiveAdapter, engine: Engine) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from twa_scale.base.normal_mode import in_normal_mode
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.candidates.carry_over import BASE
@@ -34,7 +35,7 @@ from twa_scale.output.provenance import provenance, with_provenance
 from twa_scale.output.publish import output_errors, target_of
 from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.output.temporary import TemporaryName, remove_leftovers
-from twa_scale.ranks import Group, Pods, require_same_settings
+from twa_scale.ranks import Group, Pods, publish_failure, require_same_settings
 
 _WROTE = "a snapshot of a training"  # the "wrote" entry of the provenance, which `keep_last` looks for
 _LOG = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class Snapshots:
             return None
         return self.save(model, step)
 
+    @in_normal_mode
     def save(self, model: nn.Module, step: int) -> Path:
         """Write a candidate whether or not `step` is due. Replaces a candidate of the same step. Collective.
 
@@ -140,7 +142,8 @@ class Snapshots:
             _LOG.info("snapshots: step %d waits until the previous snapshot is written", step)
         self.wait()
         path = self._directory / f"step-{step:08d}"
-        engine = choose_engine(model, self._replica_group)
+        with publish_failure():
+            engine = choose_engine(model, self._replica_group)
         pods, group = Pods(engine.shard_group, engine.replica_group), engine.shard_group
         settings = {"step": step, "asynchronous": self._asynchronous, "keep_last": self._keep}
         require_same_settings(pods, settings)  # The writer compares the tensors and the target.

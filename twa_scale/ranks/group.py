@@ -114,7 +114,8 @@ class Group:
     def agree(self) -> Iterator[None]:
         """Raise an error of the body on any rank on every rank, so that no rank waits for one that failed. Collective.
 
-        The body must not contain a collective, because a rank that failed would not join it.
+        The body may contain a collective only if an error of one rank before it is raised on every rank, as by a nested
+        `agree`. Otherwise a rank that failed would not join it.
 
         Raises:
             RankError: a RankError of the body, at once and only on this rank; or another rank runs other code.

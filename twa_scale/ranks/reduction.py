@@ -47,7 +47,7 @@ class Reduction:
         """Return the sums over the shard groups, averaged over pods by their numbers of ranks, on the CPU. Collective.
 
         Args:
-            products: the local partial sums of this rank, float64 on the CPU; not changed.
+            products: the local partial sums of this rank, float64 on any device; not changed.
         """
         return self.average_(products.clone()).cpu()
 

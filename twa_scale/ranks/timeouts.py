@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from twa_scale.errors import RankError
+from twa_scale.version import TESTED_TORCH
 
 
 def process_groups() -> list[dist.ProcessGroup] | None:
@@ -35,7 +36,7 @@ def set_collective_timeout(seconds: float) -> None:
     if groups is None or set_timeout is None:
         raise RankError(
             f"timeout: torch {torch.__version__} has no torch.distributed.distributed_c10d._world.pg_map or "
-            "_set_pg_timeout, which set the time limit of groups; use torch 2.6 to 2.14."
+            f"_set_pg_timeout, which set the time limit of groups; use torch {TESTED_TORCH}."
         )
     for group in groups:
         if any(name in dist.get_backend_config(group) for name in ("gloo", "nccl")):  # Other backends have no limit.

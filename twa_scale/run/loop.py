@@ -26,7 +26,7 @@ from twa_scale.output.temporary import remove_leftovers
 from twa_scale.ranks import Group, World
 from twa_scale.run import comparison
 from twa_scale.run.attached import AttachedRun
-from twa_scale.run.own_files import CONFIG, require_no_candidate, require_own_files
+from twa_scale.run.own_files import CONFIG, require_candidates_outside, require_own_files
 from twa_scale.run.progress import Report
 from twa_scale.run.rate_search import InterruptedSearch, search_rate
 from twa_scale.run.records import Records
@@ -132,6 +132,7 @@ class Run(AttachedRun):
             return summary, None
         with output_errors(self.output):
             require_own_files(self.output)
+            require_candidates_outside(self.output, config)
             self.output.mkdir(parents=True, exist_ok=True)
             check_target(self.output / AVERAGE, 0, overwrite=True)
         self.lock.take()
@@ -142,8 +143,6 @@ class Run(AttachedRun):
     def _attach(self, state: RunState | None) -> None:
         config = with_known_lr(self.config, state)
         self.attach(config)
-        with self.group.agree():
-            require_no_candidate(self.output, self.twa.fingerprint.labels)
         self.step = self._steps_here = 0
         self._first_losses: list[float] = []
         self.rate: RateState | None = None

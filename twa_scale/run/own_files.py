@@ -1,20 +1,25 @@
 """Checks that a run replaces only what earlier runs have written into its output directory."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from twa_scale.average.state import PREVIOUS, STATE, has_state
 from twa_scale.base.names import quoted
-from twa_scale.errors import OutputError
+from twa_scale.base.notices import ignore_notice
+from twa_scale.candidates.find import find_sources
+from twa_scale.config import RunConfig
+from twa_scale.errors import OutputError, TwaError
+from twa_scale.output.publish import check_inputs_outside
 from twa_scale.run.csv_file import CSV
 from twa_scale.run.records import METRICS
-from twa_scale.run.resume import SUMMARY, read_object
+from twa_scale.run.resume import AVERAGE, SUMMARY, read_object
+from twa_scale.run.services import IDS
 
 CONFIG = "config.json"
 PICTURE = "coefficients.png"
 ROWS_PICTURE = "rows.png"
-_REPLACED = (CONFIG, METRICS, CSV, STATE, PREVIOUS, SUMMARY, PICTURE, ROWS_PICTURE)
+_REPLACED = (CONFIG, METRICS, CSV, STATE, PREVIOUS, SUMMARY, PICTURE, ROWS_PICTURE, IDS)
 _KEYS = {"candidates", "output"}  # in the configuration of a run, not in that of a model
 
 
@@ -38,11 +43,19 @@ def require_own_files(output: Path) -> None:
         )
 
 
-def require_no_candidate(output: Path, labels: Sequence[str]) -> None:
-    """Check that the output directory is no candidate.
+def require_candidates_outside(output: Path, config: RunConfig) -> None:
+    """Check that no candidate is `output`, or inside the directory of the average, which is replaced.
+
+    Candidates that cannot be found are reported when they are opened.
 
     Raises:
-        OutputError: it is one.
+        OutputError: names the candidate.
     """
+    try:
+        sources = find_sources(config.candidates, 1, ignore_notice, config.select)
+    except TwaError:
+        return
+    labels = [str(source) for source in sources if not isinstance(source, Mapping)]
     if str(output.resolve()) in {str(Path(label).resolve()) for label in labels}:
         raise OutputError(f"{output}: is a candidate. Choose another output directory.")
+    check_inputs_outside(output / AVERAGE, labels)

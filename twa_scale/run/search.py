@@ -1,6 +1,7 @@
 """`twa-scale search`: choose an average of the candidates by a metric of the task, without training."""
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ from twa_scale.average.search import Evaluation, search
 from twa_scale.average.search.methods import Constraint, Method
 from twa_scale.base.names import nearest
 from twa_scale.config import RunConfig
-from twa_scale.errors import ConfigError
+from twa_scale.errors import ConfigError, OutputError
 from twa_scale.output import DirectoryLock
 from twa_scale.output.publish import check_target, output_errors, replace_file
 from twa_scale.output.temporary import remove_leftovers
 from twa_scale.ranks import World, require_same_settings
 from twa_scale.run.attached import AttachedRun
+from twa_scale.run.own_files import require_candidates_outside
 from twa_scale.run.progress import Report
-from twa_scale.run.resume import AVERAGE, SUMMARY, with_known_lr
+from twa_scale.run.resume import AVERAGE, SUMMARY, read_object, with_known_lr
 from twa_scale.run.stopping import Stop, Stopped
 
 DIRECTORY = "search"
@@ -115,6 +117,8 @@ class _Search:
     def _prepare(self) -> None:
         """Create and lock the directory, and remove scores of a search that is not to be continued. On one rank."""
         with output_errors(self._output):
+            self._require_own_summary()
+            require_candidates_outside(self._output, self._run.config)
             self._output.mkdir(parents=True, exist_ok=True)
             check_target(self._output / AVERAGE, 0, overwrite=True)
         self._lock.take()
@@ -122,6 +126,17 @@ class _Search:
         if not self._run.config.resume:
             with output_errors(self._record):
                 self._record.unlink(missing_ok=True)
+
+    def _require_own_summary(self) -> None:
+        """Check that an earlier search has written the summary that this one replaces.
+
+        Raises:
+            OutputError: it has not.
+        """
+        path = self._output / SUMMARY
+        known = read_object(path) or {}
+        if os.path.lexists(path) and not known.keys() >= {"methods", "metric"}:
+            raise OutputError(f"{path}: was not written by a search, which would replace it. Choose another `output`.")
 
     def _search(self, method: Method) -> None:
         options = self._options

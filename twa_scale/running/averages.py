@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from torch import nn
 from twa_scale.average.attach import require_trainable
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
+from twa_scale.average.score import agreed_score
 from twa_scale.average.step_optimizer import refuse_copies
 from twa_scale.base.normal_mode import in_normal_mode
 from twa_scale.candidates.read_ahead import Progress
@@ -19,21 +21,19 @@ from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.model_checks import require_device, require_materialized
 from twa_scale.errors import ConfigError, StateError, TwaError
-from twa_scale.output import Files, check_dtype
+from twa_scale.output import Files
 from twa_scale.output.options import OutputOptions
 from twa_scale.output.publish import target_of
-from twa_scale.ranks import Pods, require_same_settings
+from twa_scale.ranks import Pods, publish_failure, require_same_settings
 from twa_scale.running import checkpoint, saving, state_file
 from twa_scale.running.ema import Ema
 from twa_scale.running.learned import Learned
-from twa_scale.running.learning import carried_files, learn, require_snapshots, settings_for
+from twa_scale.running.learning import learn, require_snapshots, settings_for
 from twa_scale.running.named import mixture, names, origin
 from twa_scale.running.parameters import Parameters
 from twa_scale.running.repeats import Repeats
 from twa_scale.running.scores import Scores
-from twa_scale.running.settings import Ema as EmaOption
-from twa_scale.running.settings import Window as WindowOption
-from twa_scale.running.settings import ema_settings, is_due, window_settings
+from twa_scale.running.settings import EmaOption, WindowOption, ema_settings, is_due, window_settings
 from twa_scale.running.showing import Showing
 from twa_scale.running.validity import Validity
 from twa_scale.running.window import Window
@@ -58,7 +58,8 @@ class RunningAverages:
         replica_group: the replica group if there are pods, as for `attach`.
 
     Raises:
-        ConfigError, EngineError: on every rank.
+        ConfigError, EngineError: on every rank. An EngineError about the model itself is raised where it is found, and
+            other ranks report it when they miss this rank.
     """
 
     @in_normal_mode
@@ -74,7 +75,8 @@ class RunningAverages:
         self._model = model
         self._replica_group = replica_group
         self._device = device
-        self._engine = choose_engine(model, replica_group)
+        with publish_failure():
+            self._engine = choose_engine(model, replica_group)
         self.pods = Pods(self._engine.shard_group, self._engine.replica_group)
         """All ranks."""
         with self.pods.agree():
@@ -192,6 +194,7 @@ class RunningAverages:
         with self._showing.weights(which, self._validity.require):
             yield
 
+    @in_normal_mode
     def has(self, which: Which) -> bool:
         """Return whether an average can be shown, which requires an update or a snapshot.
 
@@ -206,6 +209,7 @@ class RunningAverages:
             return False
         return True
 
+    @in_normal_mode
     def origin(self, which: Which) -> dict[str, Any]:
         """Return the provenance of an average, for the `twa_scale.json` and the model card of its output.
 
@@ -218,16 +222,21 @@ class RunningAverages:
         """Return the scores of several averages, each shown in turn. Collective.
 
         Args:
-            score: called on every rank with the model, which then holds an average. It returns a number.
+            score: called on every rank with the model, which then holds an average. It returns a number, the same on
+                every rank.
             which: as for `weights`; by default, `names`.
 
         Returns:
             The scores by name, which print as a table. A repeated name gets a number, as in "mean (2)".
+
+        Raises:
+            ConfigError: on every rank; a score is not a number, or differs between ranks.
+            TwaError: as `weights`.
         """
         scores = Scores()
         for name in self.names if which is None else which:
             with self.weights(name):
-                scores.add(str(name), float(score(self._engine.module)))
+                scores.add(str(name), agreed_score(self.pods, score(self._engine.module), "compare"))
         return scores
 
     def check_learn(self, config: TwaConfig | Mapping[str, Any] | None = None) -> None:
@@ -263,13 +272,12 @@ class RunningAverages:
             self._parameters.report_newly_trained()
             window = require_snapshots(self._window)
             settings = settings_for(window, config, self._device)
-            carried = carried_files(files or {})
             window.require_finite()
             buffers = self._parameters.buffers()
 
         def make() -> TrainableAverage:
             engine = choose_engine(self._model, self._replica_group)
-            return learn(engine, self.pods, window, settings, carried)
+            return learn(engine, self.pods, window, settings, files or {})
 
         return self._learned.start(make, buffers)
 
@@ -298,6 +306,7 @@ class RunningAverages:
         """
         self._learned.restore()
 
+    @in_normal_mode
     def export(
         self,
         path: str | Path,
@@ -317,7 +326,8 @@ class RunningAverages:
         Args:
             path: a directory that is new or empty, on a file system that all ranks share.
             which: as for `weights`, which shows the average while it is written.
-            dtype: the type of the floating point tensors in the files; by default, the types of the model.
+            dtype: the type of the floating point tensors in the files; by default, those of the weights that are
+                trained, which is float32 with DeepSpeed. Each dtype in config.json is replaced by this type.
             files: small files next to the weights, such as config.json, as for `Snapshots`.
             max_shard_size: the maximum size of one file's tensors.
             overwrite: replaces an earlier output of twa_scale in `path`.
@@ -326,13 +336,12 @@ class RunningAverages:
         Raises:
             ConfigError, OutputError, TwaError: on every rank; `path` is unchanged.
         """
-        with self.pods.agree():
-            check_dtype(dtype)
-            carried = carried_files(files or {})
-            options = OutputOptions(dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+        options = OutputOptions(dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+        export = saving.Export(self._engine, self.pods, path, files or {}, options, partial(self.origin, which))
         with self.weights(which):
-            saving.export(self._engine, self.pods, path, carried, options, self.origin(which), progress)
+            export.write(progress)
 
+    @in_normal_mode
     def save(
         self,
         directory: str | Path,
@@ -342,6 +351,8 @@ class RunningAverages:
         max_shard_size: str | int = "5GB",
     ) -> list[Path]:
         """Write the snapshots as candidates, as `Snapshots` does, and return their directories. Collective.
+
+        Candidates of the same steps are replaced.
 
         Args:
             directory: contains the candidates, `step-00000100` and so on; on a file system that all ranks share.
@@ -370,6 +381,7 @@ class RunningAverages:
         self._saved_versions = checkpoint.versions(state)
         return state
 
+    @in_normal_mode
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the state that `state_dict()` returned. Collective. With DeepSpeed, load its checkpoint first.
 
@@ -410,12 +422,21 @@ class RunningAverages:
         """Load the files that `save_state` wrote, and return whether there were any. Collective.
 
         Raises:
-            StateError: on every rank; the files are of another number of ranks, or have other settings.
+            StateError: on every rank; the files are of another number of ranks, only some ranks see them, or they have
+                other settings.
         """
         with self.pods.agree():
             state = state_file.read_file(target_of(directory), self.pods.rank, self.pods.size)
-        if not all(self.pods.gather(state is not None)):
+        has_state = self.pods.gather(state is not None)
+        if not any(has_state):
             return False
+        with self.pods.agree():
+            if state is None:
+                raise StateError(
+                    f"{directory}: rank {self.pods.rank} sees no state of averages there, but rank "
+                    f"{has_state.index(True)} does. Each rank needs its own file: put the directory on a file system "
+                    "that all ranks share."
+                )
         assert state is not None
         self.load_state_dict(state)
         return True
@@ -423,6 +444,7 @@ class RunningAverages:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a RunningAverages")
 
+    @in_normal_mode
     def _state(self) -> dict[str, Any]:
         return checkpoint.state_of(self._engine, self._step, self._ema, self._window, self._validity.why_not)
 

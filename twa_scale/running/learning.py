@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,29 +17,17 @@ from twa_scale.average.optimizer import check_settings
 from twa_scale.average.parts import Parts
 from twa_scale.base.spans import Span
 from twa_scale.candidates.buffers import buffer_source
-from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.engines import Engine
 from twa_scale.engines.split_spans import SpanParts, SplitEngine
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
-from twa_scale.output import Files, check_files
-from twa_scale.output.snapshot_form import snapshot_form
+from twa_scale.output import Files
+from twa_scale.output.snapshot_form import snapshot_form, with_files
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.running.candidate import snapshot_candidates
 from twa_scale.running.window import Window
 from twa_scale.running.window_store import WindowStore
-
-
-def carried_files(files: Files) -> CarriedFiles:
-    """Return the files that exports of the average write next to the weights.
-
-    Raises:
-        OutputError: a name or a content is not valid.
-    """
-    check_files(files, BASE)
-    content = {name: value if isinstance(value, bytes) else Path(value).read_bytes() for name, value in files.items()}
-    return CarriedFiles(files=content)
 
 
 def require_snapshots(window: Window | None) -> Window:
@@ -79,7 +65,7 @@ def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, s
     )
 
 
-def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried: CarriedFiles) -> TrainableAverage:
+def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, files: Files) -> TrainableAverage:
     """Return a trainable average of the snapshots, whose first weights are in the model. Collective.
 
     Args:
@@ -87,10 +73,10 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         pods: all ranks.
         window: holds at least two snapshots.
         config: made by `settings_for`.
-        carried: the files that exports write next to the weights.
+        files: the files of the user that exports write next to the weights.
 
     Raises:
-        ConfigError, EngineError: on every rank.
+        ConfigError, EngineError, OutputError: on every rank.
     """
     span_parts: SpanParts = {}
     live = engine.live
@@ -99,7 +85,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         engine.check()
         require_trainable(config, engine, pods)
         form = snapshot_form(engine, None)
-        carried = replace(form.carried, files={**form.carried.files, **carried.files})
+        carried = with_files(form.carried, files, read=pods.rank == 0)
         candidates = snapshot_candidates(engine, window.steps, form.tensors)
         stacked = experts_of(engine.module, engine.parameters, config)
         if stacked:

@@ -35,7 +35,7 @@ class Parameters:
         self._known_buffers = _described(engine.buffers()) if with_buffers else None
         self._required = self._require_gradients()
         self._reported = False
-        self._looks = 2
+        self._wrapper_checks_left = 2
 
     def live(self) -> dict[Span, torch.Tensor]:
         """Return the weights of this rank by span, without a copy and without empty spans."""
@@ -97,11 +97,11 @@ class Parameters:
 
         The first two calls check this: when the averages are created, and at their first update.
         """
-        if not self._looks or self._pods.rank != 0:
+        if not self._wrapper_checks_left or self._pods.rank != 0:
             return
-        self._looks -= 1
+        self._wrapper_checks_left -= 1
         if wrapper := enclosing_wrapper(self._engine):
-            self._looks = 0
+            self._wrapper_checks_left = 0
             notice(
                 f"RunningAverages of a plain module that a {wrapper} wraps: every rank holds whole averages. Make "
                 f"them of the {wrapper}, so that each holds a part."

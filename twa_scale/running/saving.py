@@ -1,13 +1,13 @@
 """Writes the snapshots of a window as candidates, and an average as a checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from twa_scale.base.spans import Span, whole_tensor
-from twa_scale.candidates.carry_over import BASE, CarriedFiles
+from twa_scale.candidates.carry_over import BASE
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
 from twa_scale.errors import TwaError
@@ -16,8 +16,8 @@ from twa_scale.output.live_weights import may_be_mask, write_checkpoint
 from twa_scale.output.model_card import with_card
 from twa_scale.output.options import OutputOptions
 from twa_scale.output.provenance import with_provenance
-from twa_scale.output.publish import target_of
-from twa_scale.output.snapshot_form import snapshot_form
+from twa_scale.output.publish import check_target, target_of
+from twa_scale.output.snapshot_form import snapshot_form, with_files
 from twa_scale.output.snapshots import snapshot_files
 from twa_scale.ranks import Pods
 from twa_scale.running.window import Window
@@ -38,39 +38,57 @@ def checked(window: Window | None, dtype: torch.dtype | None, files: Files, max_
     return window
 
 
-def export(
-    engine: Engine,
-    pods: Pods,
-    path: str | Path,
-    carried: CarriedFiles,
-    options: OutputOptions,
-    origin: Mapping[str, Any],
-    progress: Progress | None,
-) -> None:
-    """Write the average that the model shows. Collective.
+class Export:
+    """An average that is to be written to a directory, after all checks that do not need its values. Collective.
 
     Args:
         engine: the engine of the model.
         pods: all ranks; the first pod writes.
-        path: the directory to write.
-        carried: has the small files next to the weights.
+        path: the directory.
+        files: small files next to the weights, which the first rank reads.
         options: the dtype, the size of a file, and whether an earlier output is replaced.
-        origin: the provenance of the average.
-        progress: called on every rank that writes, with the bytes just written and the total.
+        origin: returns the provenance of the average.
+
+    Raises:
+        ConfigError, OutputError, TwaError: on every rank.
     """
-    with pods.agree():
-        form = snapshot_form(engine, options.dtype)
-        files = with_card({**form.carried.files, **carried.files_for(options.dtype)}, origin)
-        if pods.number == 0:  # Pods hold the same weights.
-            write_checkpoint(
-                engine,
-                path,
-                form,
-                max_shard_size=options.max_shard_size,
-                overwrite=options.overwrite,
-                progress=progress,
-                **with_provenance(origin, files),
-            )
+
+    def __init__(
+        self,
+        engine: Engine,
+        pods: Pods,
+        path: str | Path,
+        files: Files,
+        options: OutputOptions,
+        origin: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._engine = engine
+        self._pods = pods
+        self._path = path
+        self._options = options
+        with pods.agree():
+            check_dtype(options.dtype)
+            parse_size(options.max_shard_size)
+            self._form = snapshot_form(engine, options.dtype)
+            carried = with_files(self._form.carried, files, read=pods.rank == 0)
+            provenance = origin()
+            self._files = with_provenance(provenance, with_card(carried.files_for(options.dtype), provenance))
+            if pods.rank == 0:
+                check_target(target_of(path), 0, options.overwrite)
+
+    def write(self, progress: Progress | None) -> None:
+        """Write the average, which the model shows. Collective. `progress` is as for `write_live`."""
+        with self._pods.agree():
+            if self._pods.number == 0:  # Pods hold the same weights.
+                write_checkpoint(
+                    self._engine,
+                    self._path,
+                    self._form,
+                    max_shard_size=self._options.max_shard_size,
+                    overwrite=self._options.overwrite,
+                    progress=progress,
+                    **self._files,
+                )
 
 
 def save(

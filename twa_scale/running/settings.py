@@ -143,11 +143,11 @@ class WindowSettings(Section):
         return 0 if step < first else (step - first) // self.every + 1
 
 
-Ema = EmaSettings | Mapping[str, Any] | Sequence[float] | float
-Window = WindowSettings | Mapping[str, Any]
+EmaOption = EmaSettings | Mapping[str, Any] | Sequence[float] | float
+WindowOption = WindowSettings | Mapping[str, Any]
 
 
-def ema_settings(ema: Ema | None) -> EmaSettings | None:
+def ema_settings(ema: EmaOption | None) -> EmaSettings | None:
     """Return validated settings. A number or a list of numbers are decays.
 
     Raises:
@@ -164,7 +164,7 @@ def ema_settings(ema: Ema | None) -> EmaSettings | None:
     return validated(EmaSettings, dict(ema) if isinstance(ema, Mapping) else ema, "ema")
 
 
-def window_settings(window: Window | None) -> WindowSettings | None:
+def window_settings(window: WindowOption | None) -> WindowSettings | None:
     """Return validated settings.
 
     Raises:

@@ -7,6 +7,7 @@ import torch
 
 from twa_scale.average.coefficients import Which
 from twa_scale.average.swap import SwappedWeights
+from twa_scale.base.normal_mode import in_normal_mode
 from twa_scale.base.notices import notice
 from twa_scale.engines import Engine
 from twa_scale.errors import TwaError
@@ -114,6 +115,7 @@ class Showing:
             self._shown.lost = _LOST
             raise
 
+    @in_normal_mode
     def _mixture(self, which: Which) -> torch.Tensor | None:
         self._parameters.versions()
         self._parameters.report_newly_trained()
@@ -133,6 +135,7 @@ class Showing:
         n = self._window.count if self._window else 0
         return int(chosen[n:].argmax()) if chosen[n:].any() else None
 
+    @in_normal_mode
     def _write(self) -> None:
         """Write the weights that are to be shown. The trained weights are read from their copy."""
         chosen = self._shown.now

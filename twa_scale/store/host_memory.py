@@ -2,6 +2,7 @@
 
 import mmap
 from contextlib import suppress
+from weakref import WeakSet
 
 import torch
 
@@ -33,6 +34,25 @@ def zeros_in_huge_pages(count: int, *, dtype: torch.dtype, device: torch.device)
     return torch.frombuffer(pages, dtype=dtype)
 
 
+class _Pages(mmap.mmap):
+    """Pages that can be locked for a GPU. They are unlocked before they are unmapped, when their tensor is freed."""
+
+    _address = 0
+
+    def lock(self, address: int, nbytes: int) -> None:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+        self._address = address
+
+    def unlock(self) -> None:
+        if self._address:
+            address, self._address = self._address, 0
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # CUDA may have ended before, with the interpreter
+            self.unlock()
+
+
 class PinnedMemory:
     """Allocates whole pages for each tensor, and locks them if the device is a GPU.
 
@@ -43,7 +63,7 @@ class PinnedMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._registered: list[int] = []
+        self._locked = WeakSet[_Pages]()
 
     def zeros(self, count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return `count` zeros on the CPU.
@@ -55,9 +75,12 @@ class PinnedMemory:
         if not count:  # mmap does not accept zero bytes
             return torch.empty(0, dtype=dtype)
         try:
-            tensor = torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
+            pages = _Pages(-1, count * dtype.itemsize)
+            tensor = torch.frombuffer(pages, dtype=dtype)
             if self._device.type == "cuda":
-                self._register(tensor)
+                with torch.cuda.device(self._device):  # otherwise CUDA would initialize the first GPU too
+                    pages.lock(tensor.data_ptr(), tensor.nbytes)
+                self._locked.add(pages)
         except (OSError, torch.cuda.CudaError) as error:
             raise ConfigError(
                 f"store_device: 'cpu' needs page-locked host memory, and the system refused {count * dtype.itemsize:,} "
@@ -65,13 +88,8 @@ class PinnedMemory:
             ) from None
         return tensor
 
-    def _register(self, tensor: torch.Tensor) -> None:
-        with torch.cuda.device(self._device):  # otherwise CUDA would initialize the first GPU too
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
-        self._registered.append(tensor.data_ptr())
-
     def close(self) -> None:
-        """Unlock the pages. Call this before the tensors are released, when no copy is running."""
-        for address in self._registered:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
-        self._registered.clear()
+        """Unlock the pages, which are otherwise unlocked with their tensors. Call this when no copy is running."""
+        for pages in self._locked:
+            pages.unlock()
+        self._locked.clear()

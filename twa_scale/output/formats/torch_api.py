@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from twa_scale.errors import OutputError
+from twa_scale.version import TESTED_TORCH
 
-_TESTED = "2.6 to 2.14"
 _PROBE_BYTES = 1 << 16
 NUMBERS_FILE = 4096
 """The maximum number of bytes that an archive of torch.save has for each tensor in addition to its values."""
@@ -59,5 +59,5 @@ def _private_attribute(name: str) -> Any:
     except (ImportError, AttributeError):
         raise OutputError(
             f"--format dcp and pt (format=) need {_PLACES[name]}.{name}, which torch {torch.__version__} does not "
-            f"have; use torch {_TESTED}, or --format hf."
+            f"have; use torch {TESTED_TORCH}, or --format hf."
         ) from None
