@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twa_scale.ranks import Group, Pods, publish_failure
+from twa_scale.ranks import Pods, Ranks, publish_failure
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
@@ -78,7 +78,7 @@ def recalibrate(
     return total
 
 
-def _average(layers: list[_BatchNorm], part: float, total: int, group: Group) -> None:
+def _average(layers: list[_BatchNorm], part: float, total: int, group: Ranks) -> None:
     """Average the statistics over ranks, weighted by each rank's fraction of the batches.
 
     Args:
@@ -101,7 +101,7 @@ def statistics(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> set[st
     return {name for name, buffer in buffers.items() if id(buffer) in buffer_ids}
 
 
-def _next_on_all(iterator: Any, group: Group, device: torch.device) -> Any:
+def _next_on_all(iterator: Any, group: Ranks, device: torch.device) -> Any:
     """Return the next batch if every rank has one, else None."""
     with group.agree():
         batch = _to_device(next(iterator, None), device)

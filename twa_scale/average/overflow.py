@@ -11,7 +11,7 @@ from twa_scale.average.weights import Weights
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.errors import NotFiniteError
-from twa_scale.ranks import Group
+from twa_scale.ranks import Ranks
 
 _FIX = "Lower optimizer.lr, set max_grad_norm, or use a wider type."
 _NORM_FACTOR = 4  # bound on the norm of a delta in a low-precision store, relative to the exact delta
@@ -42,7 +42,7 @@ class WeightLimits:
         layout: Layout,
         basis: Basis,
         rows: RowCorrections | None,
-        group: Group,
+        group: Ranks,
     ) -> None:
         self._engine = engine
         self._weights = weights

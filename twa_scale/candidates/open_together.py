@@ -18,7 +18,7 @@ from twa_scale.candidates.open import open_sources
 from twa_scale.candidates.select import ALL, Wanted
 from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError
-from twa_scale.ranks import Group, first_difference
+from twa_scale.ranks import Ranks, first_difference
 
 _SAMPLES = 512  # samples of a candidate; more if it has more tensors
 _SAMPLES_OF_A_TENSOR = 8  # at most
@@ -31,7 +31,7 @@ Key = tuple[int, str] | str
 
 
 def open_together(
-    spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = ALL, select: SelectConfig | None = None
+    spec: Spec, group: Ranks, minimum: int = 2, wanted: Wanted = ALL, select: SelectConfig | None = None
 ) -> list[Candidate]:
     """Open the candidates of `spec` on every rank of `group`, and check that they are the same. Collective.
 
@@ -62,7 +62,7 @@ def open_together(
     return candidates
 
 
-def _resolved(spec: Spec, group: Group, minimum: int, select: SelectConfig | None) -> list[Source]:
+def _resolved(spec: Spec, group: Ranks, minimum: int, select: SelectConfig | None) -> list[Source]:
     """Return the sources of this rank, which are those of the first rank if all ranks have the same `spec`."""
     with group.agree():
         items: Any = spec_items(spec)  # a list: `spec` may be a generator
@@ -86,7 +86,7 @@ def _checked_item(item: object) -> str:
     return str(item) if is_url(item) else str(path_of(item).absolute())
 
 
-def _require_same(candidates: Sequence[Candidate], group: Group) -> None:
+def _require_same(candidates: Sequence[Candidate], group: Ranks) -> None:
     if group.size == 1:
         return
     with group.agree(), ThreadPoolExecutor(_THREADS, "twa-scale-sample") as pool:

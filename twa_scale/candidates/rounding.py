@@ -12,7 +12,7 @@ from twa_scale.candidates import Candidate
 from twa_scale.config import TwaConfig
 from twa_scale.kernels import Coding, Kernels, Packed, RowMap, Target, choose_kernels, of_deltas, of_increments
 from twa_scale.kernels.packed_rows import BLOCKS
-from twa_scale.ranks import Group
+from twa_scale.ranks import Ranks
 from twa_scale.store import bits_of
 
 _SAMPLE = max(BLOCKS.values())  # elements of a sample: one block
@@ -57,7 +57,7 @@ class Rounding:
 def choose_coding(
     config: TwaConfig,
     weights: Sequence[float],
-    group: Group,
+    group: Ranks,
     device: torch.device,
     candidates: Sequence[Candidate],
     names: Sequence[str],

@@ -6,10 +6,10 @@ from tempfile import NamedTemporaryFile
 
 from twa_scale.errors import OutputError
 from twa_scale.output.publish import output_errors
-from twa_scale.ranks import Group
+from twa_scale.ranks import Ranks
 
 
-def require_shared(directory: Path, group: Group) -> None:
+def require_shared(directory: Path, group: Ranks) -> None:
     """Check that all ranks see the files of the first rank in a directory, which is created. Collective.
 
     Raises:

@@ -1,6 +1,7 @@
 """Ranks: process groups and their rendezvous, collectives on small data, reductions, failures, process exit.
 
-Start with `world.py` (the rank of this process and its process group) and `group.py` (collectives of a group of ranks).
+Start with `world.py` (the rank of this process and its process group) and `ranks.py` (what ranks exchange, and errors
+on all of them).
 """
 
 from twa_scale.ranks.block_exit import BlockExits
@@ -9,6 +10,7 @@ from twa_scale.ranks.failures import is_collective_failure, publish_failure, ran
 from twa_scale.ranks.group import Group
 from twa_scale.ranks.pods import Pods
 from twa_scale.ranks.process_exit import SignalExit, exit_on_signals, exit_process
+from twa_scale.ranks.ranks import Ranks
 from twa_scale.ranks.reduction import Reduction
 from twa_scale.ranks.timeouts import set_collective_timeout
 from twa_scale.ranks.world import World
@@ -18,6 +20,7 @@ __all__ = [
     "Difference",
     "Group",
     "Pods",
+    "Ranks",
     "Reduction",
     "SignalExit",
     "World",

@@ -6,7 +6,7 @@ from typing import Any
 
 from twa_scale.errors import RankError
 from twa_scale.ranks.failures import call_with_timeout, connect_to_store
-from twa_scale.ranks.group import Group
+from twa_scale.ranks.ranks import Ranks
 
 _WAIT_SECONDS = 5.0  # seconds that other ranks have to leave a block after one has left it with an error
 _POLL = 0.05
@@ -25,7 +25,7 @@ class BlockExits:
         group: ranks that enter and leave the same blocks in the same order. The constructor is collective.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Ranks) -> None:
         self._group = group
         self._prefix = f"twa-scale/left/{group.broadcast(secrets.token_hex(8))}"
         self._num_left = 0

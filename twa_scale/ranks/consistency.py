@@ -6,7 +6,7 @@ from hashlib import sha256
 from typing import Any, TypeVar
 
 from twa_scale.errors import ConfigError
-from twa_scale.ranks.group import Group
+from twa_scale.ranks.ranks import Ranks
 
 K = TypeVar("K", bound=Hashable)
 _ABSENT = "nothing"
@@ -25,11 +25,11 @@ class Difference:
     """The name of the first rank, for messages."""
 
 
-def first_difference(group: Group, entries: Mapping[K, object]) -> Difference | None:
+def first_difference(group: Ranks, entries: Mapping[K, object]) -> Difference | None:
     """Return the first of `entries` that differs from the first rank of `group`, or None. Collective.
 
     Ranks exchange only digests of 32 bytes if all entries are equal. Only a rank whose entries differ returns a
-    difference, so raise errors about it inside `Group.agree`.
+    difference, so raise errors about it inside `Ranks.agree`.
     """
     if group.size == 1:
         return None
@@ -45,7 +45,7 @@ def first_difference(group: Group, entries: Mapping[K, object]) -> Difference | 
     return None
 
 
-def require_same_settings(group: Group, settings: Mapping[str, object]) -> None:
+def require_same_settings(group: Ranks, settings: Mapping[str, object]) -> None:
     """Raise an error if settings differ between ranks, which would hang or give different results. Collective.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A group of ranks: sums of small tensors, exchange of small objects, and errors raised on every rank."""
+"""Groups of ranks that torch or MPI connects."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from twa_scale.errors import RankError, TwaError
 from twa_scale.ranks.destroying import destroy_process_group
 from twa_scale.ranks.failures import rank_errors
 from twa_scale.ranks.mpi import load_mpi, mpi_takes_cuda
+from twa_scale.ranks.ranks import Ranks
 from twa_scale.ranks.world import World
 
 T = TypeVar("T")
 
 
-class Group:
+class Group(Ranks):
     """The ranks of a torch process group. Also works in a single process without one.
 
     Args:
@@ -26,8 +26,8 @@ class Group:
 
     def __init__(self, process_group: dist.ProcessGroup | None, *, alone: bool = False) -> None:
         self._process_group = process_group
-        self.size: int = 1 if alone else dist.get_world_size(process_group)
-        self.rank: int = 0 if alone else dist.get_rank(process_group)
+        self.size = 1 if alone else dist.get_world_size(process_group)
+        self.rank = 0 if alone else dist.get_rank(process_group)
 
     @classmethod
     def alone(cls) -> "Group":
@@ -110,47 +110,14 @@ class Group:
         """Destroy the process group."""
         destroy_process_group(self._process_group)
 
-    @contextmanager
-    def agree(self) -> Iterator[None]:
-        """Raise an error of the body on any rank on every rank, so that no rank waits for one that failed. Collective.
-
-        The body may contain a collective only if an error of one rank before it is raised on every rank, as by a nested
-        `agree`. Otherwise a rank that failed would not join it.
-
-        Raises:
-            RankError: a RankError of the body, at once and only on this rank; or another rank runs other code.
-        """
-        failure: Exception | None = None
-        try:
-            yield
-        except RankError:
-            raise
-        except Exception as error:
-            failure = error
-        failures = [(rank, error) for rank, error in enumerate(self.gather(_portable(failure))) if error is not None]
-        if any(not isinstance(error, Exception) for _, error in failures):
-            raise RankError(
-                f"{self.name}: another rank is at another place of the program. "
-                "Call the same methods in the same order on all ranks, with models of the same kind."
-            ) from failure
-        if not failures:
-            return
-        rank, first = failures[0]
-        for known in (first, failure):
-            if isinstance(known, TwaError):
-                known.agreed = True
-        if failure is not None and rank == self.rank:
-            raise failure
-        raise first from failure
-
 
 class MpiGroup(Group):
     """The ranks of an MPI communicator, for scripts without a torch process group and for `comm: mpi`."""
 
     def __init__(self, communicator: Any) -> None:
         self._communicator = communicator
-        self.size: int = communicator.size
-        self.rank: int = communicator.rank
+        self.size = int(communicator.size)
+        self.rank = int(communicator.rank)
         self._takes_cuda = mpi_takes_cuda()
 
     @property
@@ -186,6 +153,13 @@ class MpiGroup(Group):
         with self._memory(local) as part, self._memory(out) as gathered:
             self._communicator.Allgather(part, gathered)
 
+    def ranks_to_connect(self, device: str, backend: str) -> tuple[int, ...]:
+        """Return (), because these ranks have no process group."""
+        return ()
+
+    def close(self) -> None:
+        """Do nothing, because the communicator belongs to others."""
+
     @contextmanager
     def _memory(self, tensor: torch.Tensor) -> Iterator[Any]:
         """Yield the memory of `tensor` if MPI can use it, else a copy that is copied back afterwards."""
@@ -199,10 +173,3 @@ class MpiGroup(Group):
         yield work if work.is_cuda else work.numpy()
         if work.data_ptr() != tensor.data_ptr():
             tensor.copy_(work)
-
-
-def _portable(error: Exception | None) -> Exception | None:
-    """Return an error that can be pickled: a TwaError unchanged, another error as a RuntimeError with its text."""
-    if error is None or isinstance(error, TwaError):
-        return error
-    return RuntimeError(f"{type(error).__name__}: {error}")

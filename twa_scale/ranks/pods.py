@@ -6,11 +6,12 @@ import torch
 
 from twa_scale.errors import EngineError
 from twa_scale.ranks.group import Group
+from twa_scale.ranks.ranks import Ranks
 
 T = TypeVar("T")
 
 
-class Pods(Group):
+class Pods(Ranks):
     """All ranks of all pods, ordered by pod. Only the first ranks of the pods communicate between pods.
 
     Pods may therefore differ in size, and every rank gets the same bits, because one group forms the sum over pods.
@@ -73,10 +74,6 @@ class Pods(Group):
         if source == 0:
             return self._pod.broadcast(self._leaders.broadcast(value) if self._pod.rank == 0 else value)
         return self.gather(value if self.rank == source else None)[source]  # type: ignore[return-value]
-
-    def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:
-        """Not supported: pods do not exchange large tensors."""
-        raise NotImplementedError
 
 
 _MISPLACED = "replica_group: it must hold the first rank of every pod, or this rank's counterpart in each"

@@ -9,6 +9,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.ranks.group import Group, MpiGroup
 from twa_scale.ranks.mpi import load_mpi, require_mpi4py
 from twa_scale.ranks.pods import Pods
+from twa_scale.ranks.ranks import Ranks
 from twa_scale.ranks.timeouts import default_timeout
 from twa_scale.ranks.world import mpi_size
 
@@ -71,7 +72,7 @@ class Reduction:
         self._replicas.all_gather(out, sent)
         return out.view(self.num_replicas, -1).to(local.device)
 
-    def _sum_(self, group: Group, values: torch.Tensor) -> torch.Tensor:
+    def _sum_(self, group: Ranks, values: torch.Tensor) -> torch.Tensor:
         if group.size == 1 or self._device is None or self._device.type == values.device.type:
             return group.sum_(values)
         return values.copy_(group.sum_(values.to(self._device)))

@@ -14,7 +14,7 @@ from twa_scale.average.state.rows_file import FIX, digest, remove_rows, rows_pat
 from twa_scale.average.state.schema import VERSION, RunState, StoredRows, checked
 from twa_scale.errors import StateError
 from twa_scale.output.publish import replace_file
-from twa_scale.ranks import Group
+from twa_scale.ranks import Group, Ranks
 
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
@@ -123,7 +123,7 @@ def forget_state(output: Path) -> None:
     remove_unused_rows(output)
 
 
-def require_stored_rows(directory: Path, stored: StoredRows, group: Group) -> None:
+def require_stored_rows(directory: Path, stored: StoredRows, group: Ranks) -> None:
     """Check that a file of rows is the one that was saved. Collective: each rank reads a part of it.
 
     Args:

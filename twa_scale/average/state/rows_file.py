@@ -21,7 +21,7 @@ from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.safetensors import read_header
 from twa_scale.errors import CandidateError, StateError
 from twa_scale.output.disk import pieces_of
-from twa_scale.ranks import Group
+from twa_scale.ranks import Ranks
 
 BASE = "rows"
 DIRECTORY = r"state\.rows-[0-9a-f]{8}"
@@ -56,7 +56,7 @@ def remove_rows(directory: Path, used: Callable[[], Collection[str] | None]) -> 
             shutil.rmtree(path, ignore_errors=True)
 
 
-def digest(directory: Path, group: Group) -> tuple[int, str]:
+def digest(directory: Path, group: Ranks) -> tuple[int, str]:
     """Return the size of the file and the SHA-256 of the SHA-256 of its chunks of 32 MiB. Collective.
 
     Each rank reads its part of the chunks, in pieces of 8 MiB. The result is the same on every rank.

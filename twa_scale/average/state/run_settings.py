@@ -8,7 +8,7 @@ import torch
 
 from twa_scale.average.state.schema import AverageState, RowsState
 from twa_scale.errors import StateError
-from twa_scale.ranks import Group, first_difference
+from twa_scale.ranks import Ranks, first_difference
 
 # Saved coefficients and moments depend on these settings. Others, such as the store, may change.
 _FIXED_SETTINGS = (
@@ -54,7 +54,7 @@ def require_same_shapes(live: Mapping[str, torch.Tensor], saved: Mapping[str, to
             )
 
 
-def require_same_state(group: Group, state: AverageState) -> None:
+def require_same_state(group: Ranks, state: AverageState) -> None:
     """Check that the states of all ranks are equal. Collective.
 
     Raises:
