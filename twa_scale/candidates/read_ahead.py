@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -12,7 +10,7 @@ from twa_scale.base.spans import Span
 from twa_scale.base.urls import is_url
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.formats.remote_file import check_once_at_end
-from twa_scale.errors import CandidateError
+from twa_scale.candidates.part import Part
 from twa_scale.kernels import Sources
 from twa_scale.kernels.packed_rows import BLOCKS
 
@@ -48,61 +46,6 @@ def bytes_per_candidate(n: int, read_chunk: int) -> int:
     """Return the number of bytes of each of n candidates in one buffer."""
     min_bytes = 8 * _BLOCK  # a block of the widest dtype
     return max(min_bytes, min(read_chunk, _READ_BYTES // n) // min_bytes * min_bytes)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a span with the values of some candidates, which are valid until the next part is read."""
-
-    span: Span
-    start: int
-    """The offset of the part within the span, in elements."""
-    indices: Sequence[int]
-    """The indices of the candidates."""
-    sources: Sources
-    """Their values: one tensor (n, m) if their dtypes are the same."""
-
-    @property
-    def stop(self) -> int:
-        """The offset of the end of the part within the span, in elements."""
-        return self.start + len(self.sources[0])
-
-    def element(self, i: int) -> int:
-        """Return the index of the i-th element in the flattened tensor."""
-        return self.span.element(self.start + i)
-
-    def not_finite(self, i: int, wrong: torch.Tensor, labels: Sequence[str]) -> CandidateError:
-        """Return the error that names the first element of source `i` for which `wrong`, (m,) bool, is true."""
-        index = int(wrong.nonzero()[0, 0])
-        in_all = len(self.sources) > 1 and not any(
-            bool(torch.isfinite(source[index].double())) for source in self.sources
-        )
-        fix = (
-            "No candidate has a number there: leave the tensor out, with `ignore` (--ignore)"
-            if in_all
-            else "Leave this candidate out"
-        )
-        return CandidateError(
-            f"{labels[self.indices[i]]}: tensor {self.span.name!r} holds {self.sources[i][index].item()} at element "
-            f"{self.element(index)}; weights must be finite. {fix}."
-        )
-
-    def mask(self) -> torch.Tensor | None:
-        """Return where all candidates have the same infinite value, as in a mask: (m,), bool.
-
-        Return None if no value is infinite, or if another value is not finite.
-        """
-        first = self.sources[0].to(torch.float64)
-        same = torch.isinf(first)
-        for source in self.sources[1:]:
-            same &= source.to(torch.float64) == first
-        finite = all(bool((torch.isfinite(source.to(torch.float64)) | same).all()) for source in self.sources)
-        return same if finite and bool(same.any()) else None
-
-    def without(self, mask: torch.Tensor) -> "Part":
-        """Return the part with zeros at `mask`, (m,) bool, in float32 or, for float64 sources, in float64."""
-        kept = (source if source.dtype == torch.float64 else source.to(torch.float32) for source in self.sources)
-        return replace(self, sources=[source.masked_fill(mask, 0) for source in kept])
 
 
 class _Slice(NamedTuple):
@@ -176,7 +119,8 @@ class Reader:
         """Start to read a part into a buffer; each thread reads some candidates."""
         if piece is None:
             return None
-        part = Part(piece.span, piece.start, piece.indices, self._views(piece, buffer_index))
+        labels = [self._candidates[i].label for i in piece.indices]
+        part = Part(piece.span, piece.start, piece.indices, self._views(piece, buffer_index), labels)
         jobs = list(zip([self._candidates[i] for i in piece.indices], part.sources, strict=True))
         shares = [jobs[i :: self._in_flight] for i in range(min(self._in_flight, len(jobs)))]
         return part, [pool.submit(_read_share, share, piece) for share in shares]
@@ -201,18 +145,3 @@ def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], piece: _Slice) -
             for start, stop in piece.span.runs(piece.start, piece.stop):
                 candidate.read(piece.span.name, start, values[offset : offset + stop - start])
                 offset += stop - start
-
-
-def sum_of(sources: Sources) -> torch.Tensor:
-    """Return the sum of 1-D sources of which at most one is nonzero at each element, so that the sum is exact."""
-    total = sources[0].to(reduce(torch.promote_types, (source.dtype for source in sources)), copy=True)
-    for source in sources[1:]:
-        total += source
-    return total
-
-
-def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two 1-D tensors have the same bits or, if their dtypes differ, the same values."""
-    if first.dtype == second.dtype:
-        return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
-    return torch.equal(first.to(torch.float64), second.to(torch.float64))

@@ -6,15 +6,13 @@ import torch
 
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
+from twa_scale.candidates.part import Part
 from twa_scale.candidates.read_ahead import (
     READ_CHUNK,
     READS_IN_FLIGHT,
-    Part,
     Progress,
     Reader,
     bytes_per_candidate,
-    same_values,
-    sum_of,
 )
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Target
@@ -104,7 +102,7 @@ class Stream:
         """
         mask = part.mask()
         if mask is None:
-            raise self._blamed(part)
+            raise part.failure()
         if target.rows is not None or (target.center is not None and target.products is not None):
             i = int(mask.nonzero()[0])
             raise CandidateError(
@@ -113,7 +111,7 @@ class Stream:
                 "`exclude`, and its values are kept."
             )
         if not self._kernels.make_deltas(part.without(mask).sources, weights, target, part.start).finite:
-            raise self._blamed(part)
+            raise part.failure()
         if target.center is not None:
             center = target.center.detach()[part.start : part.stop]
             center[mask.to(center.device)] = part.sources[0][mask].to(center)
@@ -133,11 +131,9 @@ class Stream:
         for part in self._reader.parts((span, everyone) for span in spans):
             self._add(part, self._kernels.checksums(part.sources))
             which = spans[part.span]
-            chosen = part.sources[which]
-            if not all(same_values(chosen, source) for source in part.sources):
+            chosen, is_same_in_all = part.copied(which)
+            if not is_same_in_all:
                 self.differing[part.span.name] = which
-            if chosen.is_floating_point() and bool((nan := torch.isnan(chosen)).any()):
-                raise self._bad(part, which, nan)
             yield part.span, part.start, chosen
 
     def sums(self, spans: Iterable[Span]) -> Iterator[tuple[Span, int, torch.Tensor]]:
@@ -152,10 +148,7 @@ class Stream:
         everyone = range(len(self._candidates))
         for part in self._reader.parts((span, everyone) for span in spans):
             self._add(part, self._kernels.checksums(part.sources))
-            for i, source in enumerate(part.sources):
-                if (wrong := ~torch.isfinite(source)).any():
-                    raise self._bad(part, i, wrong)
-            yield part.span, part.start, sum_of(part.sources)
+            yield part.span, part.start, part.total()
 
     def check(self, jobs: Iterable[tuple[Span, Sequence[int]]]) -> None:
         """Read spans of some candidates for their checksums only."""
@@ -183,16 +176,3 @@ class Stream:
                 f"element {part.element(i)}; the average is too large for the model's {values.dtype}, whose largest "
                 f"value is {torch.finfo(values.dtype).max:g}. Use a model of a wider type."
             )
-
-    def _blamed(self, part: Part) -> CandidateError:
-        for i, values in enumerate(part.sources):
-            wrong = ~torch.isfinite(values.to(torch.float64))
-            if wrong.any():
-                return self._bad(part, i, wrong)
-        return CandidateError(
-            f"tensor {part.span.name!r}: from element {part.element(0)} on, candidates differ by more than their type "
-            "can hold. Leave out those that have diverged."
-        )
-
-    def _bad(self, part: Part, i: int, wrong: torch.Tensor) -> CandidateError:
-        return part.not_finite(i, wrong, [candidate.label for candidate in self._candidates])

@@ -17,7 +17,8 @@ from twa_scale.candidates.adapters import summed
 from twa_scale.candidates.buffers import Source, copied_notice
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.dtypes import types_notice
-from twa_scale.candidates.read_ahead import Job, Part, Progress, Reader, job_bytes, same_values, sum_of
+from twa_scale.candidates.part import Part
+from twa_scale.candidates.read_ahead import Job, Progress, Reader, job_bytes
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Segments, Target, choose_kernels
 from twa_scale.kernels.torch.checksum import wrap
@@ -267,20 +268,14 @@ class _Merger:
 
     def _copied(self, part: Part, which: int) -> torch.Tensor:
         self._add(part, self.kernels.checksums(part.sources))
-        chosen = part.sources[which]
-        if not all(same_values(chosen, source) for source in part.sources):
+        chosen, is_same_in_all = part.copied(which)
+        if not is_same_in_all:
             self.differing[part.span.name] = which
-        if chosen.is_floating_point() and bool((nan := torch.isnan(chosen)).any()):
-            raise self._not_finite(part, which, nan)
         return chosen
 
     def _summed(self, part: Part) -> torch.Tensor:
-        """Return the sum of all candidates. Each element is nonzero in at most one of them."""
         self._add(part, self.kernels.checksums(part.sources))
-        for i, source in enumerate(part.sources):
-            if (wrong := ~torch.isfinite(source)).any():
-                raise self._not_finite(part, i, wrong)
-        return sum_of(part.sources)
+        return part.total()
 
     def _combined(self, part: Part, weights: Sequence[float]) -> tuple[torch.Tensor, bool]:
         """Return the average, and whether it has infinite elements that all candidates share, as masks have."""
@@ -293,10 +288,10 @@ class _Merger:
         if not checks.finite:
             mask = part.mask()
             if mask is None:
-                raise self._overflow_or_not_finite(part)
+                raise part.failure()
             finite = part.without(mask)
             if not self.kernels.make_deltas(finite.sources, a, Target(center=result), 0).finite:
-                raise self._overflow_or_not_finite(part)
+                raise part.failure()
         total = fsum(a)
         # The tolerance keeps rounding errors of the weights from changing the last bit of equal float64 candidates.
         if not isclose(total, 1, rel_tol=1e-12):
@@ -319,26 +314,12 @@ class _Merger:
         for source, of_rows in zip(part.sources[1:], weights[1:, first : first + segments.count], strict=True):
             result.addcmul_(source.to(dtype) - reference, segments.spread(of_rows[None].to(dtype))[0])
         if not bool(torch.isfinite(result).all()):
-            raise self._overflow_or_not_finite(part)
+            raise part.failure()
         return result
 
     def _add(self, part: Part, checksums: torch.Tensor) -> None:
         for total, more in zip([self.checksums[i] for i in part.indices], checksums.tolist(), strict=True):
             total[part.span.name] = wrap(total.get(part.span.name, 0) + more)
-
-    def _overflow_or_not_finite(self, part: Part) -> CandidateError:
-        """Return the error for a part whose combination is not finite."""
-        for i, source in enumerate(part.sources):
-            wrong = ~torch.isfinite(source.double())
-            if wrong.any():
-                return self._not_finite(part, i, wrong)
-        return CandidateError(
-            f"tensor {part.span.name!r}: from element {part.element(0)} on, candidates differ by more than their type "
-            "can hold. Leave out those that have diverged, or choose smaller weights."
-        )
-
-    def _not_finite(self, part: Part, i: int, wrong: torch.Tensor) -> CandidateError:
-        return part.not_finite(i, wrong, [candidate.label for candidate in self.candidates])
 
 
 def _total(parts: Sequence[Checksums]) -> Checksums:
