@@ -376,6 +376,13 @@ def test_a_candidate_that_the_average_would_replace_is_refused_before_a_run(
     assert sorted((tmp_path / "out").rglob("*")) == before
 
 
+def test_a_run_that_has_failed_early_does_not_block_its_output(scores: TrainedCandidates, tmp_path: Path) -> None:
+    """Services begin before candidates are read, and config.json is written afterwards."""
+    (tmp_path / "loggers.json").write_text(json.dumps({"wandb": "abc"}))
+    run_here(settings(scores.candidates, scores.task, tmp_path))
+    assert (tmp_path / "config.json").exists()
+
+
 def test_an_output_that_is_a_candidate_is_refused(scores: TrainedCandidates, tmp_path: Path) -> None:
     for source in sorted(Path(scores.candidates).parent.glob(Path(scores.candidates).name)):
         shutil.copytree(source, tmp_path / source.name)

@@ -1,5 +1,6 @@
 """PEFT adapters on several ranks: DDP and FSDP2 train like a plain model, and read only the adapters."""
 
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 import twa_scale
 from tests import adapters, zero
 from tests.pool import Pool
+from twa_scale import TwaError
 from twa_scale.candidates import Wanted
 from twa_scale.config import RunConfig, validated
+from twa_scale.engines import choose_engine
 from twa_scale.merge import average_fixed
 from twa_scale.ranks import World
 from twa_scale.run.engines import run_engine
@@ -85,13 +88,19 @@ def test_ranks_train_what_one_process_trains(space: str, ranks: Pool, tmp_path: 
 def written(engine: str, start: str, out: Path) -> None:
     """Write a running average, a snapshot of a window, and a snapshot of an adapter."""
     model = wrapped(adapters.load(start, trainable=True), engine)
-    averages = twa_scale.RunningAverages(model, ema=[0.5], window={"every": 1, "keep": 2})
-    if engine == "zero3":
-        model.global_steps += 1
-    averages.step()
-    averages.export(out / "step-ema", "ema")
+    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2, "store": "dense32"})
+    inner = choose_engine(model)
+    for _ in range(2):
+        with torch.no_grad():
+            for span in inner.spans():
+                if inner.parameters[span.name].trainable:
+                    inner.live(span).add_(1)
+        if engine == "zero3":
+            model.global_steps += 1
+        averages.step()
+    averages.export(out / "mean", "mean")
     averages.save(out)
-    twa_scale.Snapshots(out, every_n_steps=2).step(model, 2)
+    twa_scale.Snapshots(out / "live", every_n_steps=2).step(model, 2)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
@@ -99,14 +108,31 @@ def test_ranks_write_adapters_of_a_training(engine: str, ranks: Pool, tmp_path: 
     start = adapters.save(adapters.adapted(**MIXED[0]), tmp_path / "start")
     ranks(written, 2, engine=engine, start=start, out=tmp_path / "out", timeout=120)
     wanted = load_file(f"{start}/adapter_model.safetensors")
-    paths = sorted((tmp_path / "out").glob("step-*"))
-    assert len(paths) == 3
-    for path in paths:
-        actual = load_file(path / "adapter_model.safetensors")
-        assert actual.keys() == wanted.keys() and all(
-            torch.equal(value, wanted[name]) for name, value in actual.items()
-        )
-        adapters.load(path)
+    added = {"mean": 1.5, "step-00000001": 1.0, "step-00000002": 2.0, "live/step-00000002": 2.0}
+    for path, by in added.items():
+        actual = load_file(tmp_path / "out" / path / "adapter_model.safetensors")
+        assert actual.keys() == wanted.keys()
+        for name, value in actual.items():
+            torch.testing.assert_close(value, wanted[name] + by)
+        adapters.load(tmp_path / "out" / path)
+
+
+def fail_on_one(out: Path) -> str:
+    """Write a snapshot where the second rank has no temporary directory."""
+    model = wrapped(adapters.adapted(), "fsdp2")
+    if torch.distributed.get_rank() == 1:
+        tempfile.tempdir = str(out / "missing")
+    try:
+        twa_scale.Snapshots(out, every_n_steps=1).save(model, 1)
+    except (TwaError, OSError) as error:
+        return str(error)
+    finally:
+        tempfile.tempdir = None
+    return ""
+
+
+def test_only_the_first_rank_makes_the_configuration_of_an_adapter(ranks: Pool, tmp_path: Path) -> None:
+    assert ranks(fail_on_one, 2, out=tmp_path) == ["", ""]
 
 
 def merged(paths: list[str], out: str) -> None:

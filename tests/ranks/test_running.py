@@ -295,21 +295,25 @@ def apart(directory: Path) -> list[str]:
     averages.step()
     own = directory / str(averages.pods.rank)
     averages.save_state(directory / "0")
-    calls = (lambda: averages.load_state(own), lambda: require_shared(own, averages.pods), lambda: different(averages))
-    return [raised(call) for call in calls]
-
-
-def different(averages: Any) -> None:
-    averages.compare(lambda _: float(averages.pods.rank))
+    calls = (
+        lambda: averages.load_state(own),
+        lambda: require_shared(own, averages.pods),
+        lambda: averages.compare(lambda _: float(averages.pods.rank)),
+        lambda: averages.compare(lambda _: 1.0 if averages.pods.rank else 1 / 0),
+    )
+    texts = [raised(call) for call in calls]
+    averages.compare(lambda _: 1.0)  # possible again
+    return texts
 
 
 def test_ranks_that_see_different_files_or_scores_are_refused(ranks: Pool, tmp_path: Path) -> None:
     first, second = ranks(apart, 2, directory=tmp_path)
-    assert first == second and list((tmp_path / "0").glob(".twa-scale-*")) == []
-    state, shared, scores = first
+    assert first[:3] == second[:3] and list((tmp_path / "0").glob(".twa-scale-*")) == []
+    state, shared, scores, failed = first
     assert "rank 1 sees no state of averages there, but rank 0 does" in state
     assert "not on a shared file system" in shared
     assert "compare: the score is" in scores
+    assert "division by zero" in failed and "division by zero" in second[3]
 
 
 def fully_sharded() -> nn.Module:

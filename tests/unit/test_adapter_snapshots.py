@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, VeraConfig
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import twa_scale
 from tests import adapters
 from tests.adapters import adapted, load, logits, save
-from twa_scale import TwaWarning
+from twa_scale import ConfigError, TwaWarning
 
 KINDS = {
     "LoRA": LoraConfig(r=4, target_modules=["c_attn", "wte"], fan_in_fan_out=True, modules_to_save=["ln_f"]),
@@ -33,8 +34,12 @@ def assert_loads(path: Path, model: Any) -> None:
     """Check that PEFT loads an adapter with which the base model has the same outputs, and that it has no more tensors
     than PEFT writes."""
     assert torch.equal(logits(load(path)), logits(model))
-    written = load_file(save(model, path.parent / f"{path.name}-by-peft") + "/adapter_model.safetensors")
-    assert written.keys() == load_file(path / "adapter_model.safetensors").keys()
+    by_peft = Path(save(model, path.parent / f"{path.name}-by-peft"))
+    assert (
+        load_file(by_peft / "adapter_model.safetensors").keys() == load_file(path / "adapter_model.safetensors").keys()
+    )
+    config, config_of_peft = (json.loads((p / "adapter_config.json").read_text()) for p in (path, by_peft))
+    assert config == config_of_peft
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,8 +89,39 @@ def test_injected_adapters_have_the_names_that_transformers_writes(tmp_path: Pat
 def test_snapshots_hold_the_base_model_if_it_is_trained_too(tmp_path: Path) -> None:
     model = adapted(KINDS["LoRA"])
     model.base_model.model.transformer.wpe.weight.requires_grad_(True)
-    path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
+    with pytest.warns(TwaWarning, match=r"because it trains 'base_model\.model\.transformer\.wpe\.weight', which its"):
+        path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
     assert load_file(path / "model.safetensors").keys() >= {"base_model.model.transformer.wpe.weight"}
+
+
+def test_snapshots_hold_the_base_model_if_its_vocabulary_was_resized(tmp_path: Path) -> None:
+    """PEFT then saves the embeddings with the adapter. They may hold values for new tokens."""
+    adapters.base().save_pretrained(tmp_path / "base")
+    base = type(adapters.base()).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(44)
+    model = get_peft_model(base, KINDS["DoRA"])
+    with pytest.warns(TwaWarning, match="because its embeddings have another size"):
+        path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
+    assert load_file(path / "model.safetensors")["base_model.model.transformer.wte.weight"].shape[0] == 44
+
+
+def test_snapshots_hold_the_base_model_if_it_has_statistics(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"]))
+    averages = twa_scale.RunningAverages(model, ema={"decays": [0.5], "use_buffers": True})
+    for _ in range(2):
+        model(torch.randn(8, 4))
+        averages.step()
+    with pytest.warns(TwaWarning, match="because its statistics"):
+        averages.export(tmp_path / "ema", "ema")
+    name = "base_model.model.1.running_mean"
+    with averages.weights("ema"):
+        assert torch.equal(load_file(tmp_path / "ema/model.safetensors")[name], model.get_buffer(name))
+
+
+def test_names_of_weight_files_are_refused_early(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors' is taken"):
+        twa_scale.Snapshots(tmp_path, every_n_steps=1, files={"adapter_model.safetensors": b""})
 
 
 def test_two_active_adapters_are_written_with_the_base_model(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ class Weights:
             )
 
     def change(self, choose: Callable[[], Chosen]) -> Change | None:
-        """Return what other code has changed since `write(choose)`, for an export. A live change comes first."""
+        """Return what other code has changed since `write(choose)`: a change that an export has, if there is one."""
         replaced = None
         try:
             may_differ = self._written_by_others() is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from twa_scale.base.names import quoted, without_wrappers
 from twa_scale.candidates import Candidate
@@ -48,8 +49,8 @@ class LiveAdapter:
     """For each tensor of the adapter, by its name in the model, the names that it may have in files."""
     scalings: Mapping[str, "LiveScaling"]
     """The scaling of each LoRA module, by its name in the base model."""
-    settings: Any
-    """The `PeftConfig`."""
+    model: Any
+    """The PeftModel, or the model with injected adapters."""
 
     def holds(self, name: str) -> bool:
         """Return whether a tensor of the model belongs to the adapter and not to the base model."""
@@ -61,12 +62,44 @@ class LiveAdapter:
         return stored if stored.startswith(_OF_PEFT_MODEL) else PREFIX + stored
 
     def config_file(self) -> bytes:
-        """Return the content of adapter_config.json."""
-        settings = copy(self.settings)
-        settings.inference_mode = True  # as PEFT saves it
+        """Return the content of adapter_config.json, as PEFT writes it.
+
+        Raises:
+            OSError: there is no space for a temporary file.
+        """
+        settings = copy(self.model.peft_config[self.name])
+        settings.inference_mode = True
+        mapping = None
+        if hasattr(self.model, "get_base_model"):
+            base = self.model.get_base_model()
+            settings.base_model_name_or_path = self._base_name()
+            if settings.task_type is None:
+                # FSDP2 derives a class from that of the model.
+                kind = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
+                mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         with TemporaryDirectory() as directory:
-            settings.save_pretrained(directory)
+            settings.save_pretrained(directory, auto_mapping_dict=mapping)
             return Path(directory, ADAPTER_CONFIG).read_bytes()
+
+    def vocabulary_was_resized(self) -> bool:
+        """Return whether the model has another vocabulary than its base model, if that is in a directory or the cache.
+
+        PEFT then saves the embeddings with the adapter.
+        """
+        config: Any = getattr(self.model, "config", None)
+        if self._base_name() is None or not hasattr(config, "vocab_size"):
+            return False
+        try:
+            base = type(config).from_pretrained(self._base_name(), local_files_only=True)
+        except Exception:  # of another library, for example because there is no such file
+            return False
+        return bool(getattr(base, "vocab_size", config.vocab_size) != config.vocab_size)
+
+    def _base_name(self) -> str | None:
+        """Return the name or path of the base model, as PEFT does."""
+        name = self.model.peft_config[self.name].base_model_name_or_path
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return name or vars(base).get("name_or_path") or None
 
 
 def live_adapter(root: nn.Module) -> LiveAdapter | None:
@@ -93,7 +126,7 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     plain = without_wrappers(files)
     stored = {names_by_id[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in names_by_id}
     _require_own(name, kind, stored, [raw for raw, mark in files.items() if id(mark) not in names_by_id])
-    return LiveAdapter(name, kind, stored, dict(_scalings(model, name)), model.peft_config[name])
+    return LiveAdapter(name, kind, stored, dict(_scalings(model, name)), model)
 
 
 def require_no_adapter(candidates: Sequence[Candidate], names: Collection[str]) -> None:

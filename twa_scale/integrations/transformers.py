@@ -19,6 +19,7 @@ from twa_scale.integrations.coefficients import load_coefficients, save_coeffici
 from twa_scale.integrations.logged_names import added_metrics_as
 from twa_scale.integrations.saved_by_trainer import saves_shards, small_files_of
 from twa_scale.output.overwriting import own_weight_files
+from twa_scale.output.publish import check_target
 from twa_scale.output.shared import require_shared
 
 AVERAGE = "average"
@@ -119,6 +120,9 @@ class TwaCallback(Averaging, _CheckedCallback):
                         f"{path}: was not written by ranks together, but by a training that saved whole weights, and "
                         "is not replaced. Remove it, or choose another output_dir."
                     )
+                if pods.rank == 0:
+                    check_target(path, 0, overwrite=True)
+        self._small_files()  # an error in them is raised now
 
     def _check_best(self, args: Any) -> None:
         """Report that the Trainer does not load the weights whose score selected the best checkpoint."""

@@ -133,12 +133,18 @@ def sync(directory: Path) -> None:
 def write_file(path: Path, content: bytes | Path) -> None:
     """Write or copy a small file and flush it to the disk."""
     with path.open("wb") as file:
-        file.write(content if isinstance(content, bytes) else _content(content))
+        file.write(content if isinstance(content, bytes) else content_of(content))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OutputError: it is not a regular file.
+        OSError: it cannot be read.
+    """
     with os.fdopen(open_regular(path, OutputError), "rb") as file:
         return file.read()
 

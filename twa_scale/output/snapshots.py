@@ -16,7 +16,6 @@ from torch import nn
 from twa_scale.base.normal_mode import in_normal_mode
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span, whole_tensor
-from twa_scale.candidates.carry_over import BASE
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import ConfigError
 from twa_scale.output import (
@@ -96,7 +95,7 @@ class Snapshots:
                 "give integers of at least 1, 0 and 1."
             )
         check_dtype(dtype)
-        check_files(files or {}, BASE)
+        check_files(files or {})
         parse_size(max_shard_size)
         self._directory = target_of(directory)
         self._every = every_n_steps
@@ -186,7 +185,7 @@ class Snapshots:
             self.close()
 
     def _write(self, engine: Engine, path: Path, step: int) -> None:
-        form = snapshot_form(engine, self._dtype)
+        form = snapshot_form(engine, self._dtype, self._files)
         write_checkpoint(
             engine,
             path,
@@ -194,12 +193,12 @@ class Snapshots:
             max_shard_size=self._max_shard_size,
             overwrite=True,
             published=partial(self._delete_old, step),
-            **snapshot_files(step, {**form.carried.files, **self._files}),
+            **snapshot_files(step, form.carried.files_for(self._dtype)),
         )
 
     def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
-        form, group = snapshot_form(engine, self._dtype), engine.shard_group
-        specs, extra = form.tensors.specs, snapshot_files(step, {**form.carried.files, **self._files})
+        form, group = snapshot_form(engine, self._dtype, self._files), engine.shard_group
+        specs, extra = form.tensors.specs, snapshot_files(step, form.carried.files_for(self._dtype))
         writer = open_writer(
             path,
             specs,

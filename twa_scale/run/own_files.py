@@ -9,12 +9,12 @@ from twa_scale.base.names import quoted
 from twa_scale.base.notices import ignore_notice
 from twa_scale.candidates.find import find_sources
 from twa_scale.config import RunConfig
-from twa_scale.errors import OutputError, TwaError
+from twa_scale.errors import OutputError
 from twa_scale.output.publish import check_inputs_outside
 from twa_scale.run.csv_file import CSV
 from twa_scale.run.records import METRICS
 from twa_scale.run.resume import AVERAGE, SUMMARY, read_object
-from twa_scale.run.services import IDS
+from twa_scale.run.services import IDS, is_ids
 
 CONFIG = "config.json"
 PICTURE = "coefficients.png"
@@ -36,7 +36,10 @@ def require_own_files(output: Path) -> None:
     config = read_object(output / CONFIG)
     if (config is None and has_state(output)) or (config is not None and config.keys() >= _KEYS):
         return
-    if others := [name for name in _REPLACED if os.path.lexists(output / name)]:
+    others = [name for name in _REPLACED if os.path.lexists(output / name)]
+    if IDS in others and is_ids(read_object(output / IDS)):  # of a run that ended before it wrote its config.json
+        others.remove(IDS)
+    if others:
         raise OutputError(
             f"{output}: holds {quoted(others)}, which the run would replace, but no {CONFIG} of an earlier run. Choose "
             f"another output directory, such as {str(output / 'twa')!r}."
@@ -46,15 +49,11 @@ def require_own_files(output: Path) -> None:
 def require_candidates_outside(output: Path, config: RunConfig) -> None:
     """Check that no candidate is `output`, or inside the directory of the average, which is replaced.
 
-    Candidates that cannot be found are reported when they are opened.
-
     Raises:
         OutputError: names the candidate.
+        CandidateError, ConfigError: there are no candidates.
     """
-    try:
-        sources = find_sources(config.candidates, 1, ignore_notice, config.select)
-    except TwaError:
-        return
+    sources = find_sources(config.candidates, 1, ignore_notice, config.select)
     labels = [str(source) for source in sources if not isinstance(source, Mapping)]
     if str(output.resolve()) in {str(Path(label).resolve()) for label in labels}:
         raise OutputError(f"{output}: is a candidate. Choose another output directory.")

@@ -28,6 +28,11 @@ _HINTS: dict[ServiceName, str] = {
 _MAX_PARAMS, _MAX_PARAM_LENGTH = 100, 500  # the limits of MLflow: parameters in a request, and characters in a value
 
 
+def is_ids(content: Mapping[str, Any] | None) -> bool:
+    """Return whether the content of a file is that of `IDS`: the identifiers of runs, by service."""
+    return content is not None and content.keys() <= _HINTS.keys()
+
+
 class Service(ABC):
     """One run in a service. Each package raises its own errors."""
 

@@ -236,7 +236,8 @@ class RunningAverages:
         scores = Scores()
         for name in self.names if which is None else which:
             with self.weights(name):
-                scores.add(str(name), agreed_score(self.pods, score(self._engine.module), "compare"))
+                value = score(self._engine.module)
+            scores.add(str(name), agreed_score(self.pods, value, "compare"))
         return scores
 
     def check_learn(self, config: TwaConfig | Mapping[str, Any] | None = None) -> None:

@@ -23,7 +23,7 @@ from twa_scale.engines.split_spans import SpanParts, SplitEngine
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
 from twa_scale.output import Files
-from twa_scale.output.snapshot_form import snapshot_form, with_files
+from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.running.candidate import snapshot_candidates
 from twa_scale.running.window import Window
@@ -81,11 +81,11 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, files: 
     span_parts: SpanParts = {}
     live = engine.live
     with pods.agree():
+        form = snapshot_form(engine, None, files)
+    with pods.agree():
         engine.keeps_optimizer = True
         engine.check()
         require_trainable(config, engine, pods)
-        form = snapshot_form(engine, None)
-        carried = with_files(form.carried, files, read=pods.rank == 0)
         candidates = snapshot_candidates(engine, window.steps, form.tensors)
         stacked = experts_of(engine.module, engine.parameters, config)
         if stacked:
@@ -107,7 +107,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, files: 
             filled = _measured(engine, layout, window, config, weights, span_parts)
             _write_center(live, layout, window, weights)
         filled.buffers.update(pods.broadcast(_buffers(engine, layout, window, config, weights)))
-        parts = Parts(config, engine, pods, reduction, layout, store, candidates, carried)
+        parts = Parts(config, engine, pods, reduction, layout, store, candidates, form.carried)
         average = assemble(parts, filled, weights)
         undo.pop_all()
     return average

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from twa_scale.base.spans import Span, whole_tensor
-from twa_scale.candidates.carry_over import BASE
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
 from twa_scale.errors import TwaError
@@ -17,7 +16,7 @@ from twa_scale.output.model_card import with_card
 from twa_scale.output.options import OutputOptions
 from twa_scale.output.provenance import with_provenance
 from twa_scale.output.publish import check_target, target_of
-from twa_scale.output.snapshot_form import snapshot_form, with_files
+from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.output.snapshots import snapshot_files
 from twa_scale.ranks import Pods
 from twa_scale.running.window import Window
@@ -32,7 +31,7 @@ def checked(window: Window | None, dtype: torch.dtype | None, files: Files, max_
     if window is None or not window.count:
         raise TwaError("save(): there is no snapshot; create RunningAverages with window={..}, and train.")
     check_dtype(dtype)
-    check_files(files, BASE)
+    check_files(files)
     parse_size(max_shard_size)
     window.require_finite()
     return window
@@ -69,12 +68,14 @@ class Export:
         with pods.agree():
             check_dtype(options.dtype)
             parse_size(options.max_shard_size)
-            self._form = snapshot_form(engine, options.dtype)
-            carried = with_files(self._form.carried, files, read=pods.rank == 0)
             provenance = origin()
-            self._files = with_provenance(provenance, with_card(carried.files_for(options.dtype), provenance))
             if pods.rank == 0:
                 check_target(target_of(path), 0, options.overwrite)
+        with pods.agree():
+            self._form = snapshot_form(engine, options.dtype, files)
+        with pods.agree():
+            small = self._form.carried.files_for(options.dtype)
+            self._files = with_provenance(provenance, with_card(small, provenance))
 
     def write(self, progress: Progress | None) -> None:
         """Write the average, which the model shows. Collective. `progress` is as for `write_live`."""
@@ -124,7 +125,7 @@ def _save(
     files: Files,
     max_shard_size: str | int,
 ) -> None:
-    form = snapshot_form(engine, dtype)
+    form = snapshot_form(engine, dtype, files)
     with writing(
         path,
         form.tensors.specs,
@@ -132,7 +133,7 @@ def _save(
         max_shard_size=form.carried.shard_size(max_shard_size),
         overwrite=True,
         base=form.carried.base,
-        **snapshot_files(window.steps[i], {**form.carried.files, **files}),
+        **snapshot_files(window.steps[i], form.carried.files_for(dtype)),
     ) as writer:
         window_spans = set(window.spans)
 
