@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from twa_scale.base.names import quoted, without_wrappers
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import ADAPTER_CONFIG, PREFIX, adapter_config, ranks_of, scalings
-from twa_scale.engines.module_names import name_unwrapper
+from twa_scale.engines.module_names import name_unwrapper, own_class
 from twa_scale.engines.private_attributes import require, version
 from twa_scale.errors import CandidateError, EngineError
 
@@ -71,11 +70,9 @@ class LiveAdapter:
         settings.inference_mode = True
         mapping = None
         if hasattr(self.model, "get_base_model"):
-            base = self.model.get_base_model()
             settings.base_model_name_or_path = self._base_name()
             if settings.task_type is None:
-                # FSDP2 derives a class from that of the model.
-                kind = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
+                kind = own_class(self.model.get_base_model())
                 mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         with TemporaryDirectory() as directory:
             settings.save_pretrained(directory, auto_mapping_dict=mapping)

@@ -1,8 +1,10 @@
-"""Names of tensors and modules without the prefixes that wrappers add."""
+"""Names of tensors and modules without the prefixes that wrappers add, and the classes of modules."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 # The attribute of a wrapper that holds the wrapped module, by the class of the wrapper.
 _WRAPPED_ATTRIBUTE = {
@@ -49,3 +51,8 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     unwrap = name_unwrapper(root)
     for path, module in root.named_modules():
         yield unwrap(path), module
+
+
+def own_class(module: nn.Module) -> Any:
+    """Return the class of a module. FSDP2 replaces it by a class that it derives."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))

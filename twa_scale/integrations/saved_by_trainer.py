@@ -5,9 +5,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
+
+from twa_scale.engines.module_names import own_class
 
 
 def saves_shards(trainer: Any) -> bool:
@@ -27,7 +28,7 @@ def small_files_of(trainer: Any) -> dict[str, bytes]:
     parts = [trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)]
     config = None
     if isinstance(model, PreTrainedModel) and not _is_adapter(trainer):
-        kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # FSDP2 derives a class
+        kind = own_class(model)
         config = deepcopy(model.config)
         config.architectures = [kind.__name__]
         parts += [config, model.generation_config if model.can_generate() else None]

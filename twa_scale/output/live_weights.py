@@ -42,7 +42,7 @@ def write_checkpoint(
     """
     with writing(
         path,
-        form.tensors.specs,
+        form.stored.specs,
         engine.shard_group,
         max_shard_size=form.carried.shard_size(max_shard_size),
         files=files,
@@ -51,7 +51,7 @@ def write_checkpoint(
         metadata=metadata,
         published=published,
     ) as writer:
-        write_live(writer, engine, {name: (name,) for name in form.tensors.tensors}, form.tensors, progress)
+        write_live(writer, engine, {name: (name,) for name in form.stored.tensors}, form.stored, progress)
 
 
 def write_live(

@@ -28,7 +28,7 @@ from twa_scale.output.stored_form import StoredForm, Tensor, form_of_model
 class SnapshotForm:
     """How files hold the weights of a model."""
 
-    tensors: StoredForm
+    stored: StoredForm
     """The tensors of the files."""
     carried: CarriedFiles
     """The name of the weight files, and on the first rank the small files."""
@@ -50,28 +50,30 @@ def snapshot_form(engine: Engine, dtype: torch.dtype | None, files: Files) -> Sn
     Raises:
         ConfigError, OutputError: on every rank; the name of a file is not valid, or it cannot be read.
     """
-    is_first = engine.shard_group.rank == 0
+    adapter, small = None, dict[str, bytes]()
     with engine.shard_group.agree():
         check_files(files)
-        adapter, whole = _live_adapter(engine) if is_first else (None, True)
-        own = {name: _content(file) for name, file in files.items()} if is_first else {}
-        config = {ADAPTER_CONFIG: adapter.config_file()} if adapter and not whole else {}
-    whole = engine.shard_group.broadcast(whole)
+        if engine.shard_group.rank == 0:
+            if adapter := _adapter_alone(engine):
+                small[ADAPTER_CONFIG] = adapter.config_file()
+            small |= {name: _content(file) for name, file in files.items()}
+    is_alone = engine.shard_group.broadcast(adapter is not None)
     with engine.shard_group.agree():
-        form = _form(engine, dtype, None if whole else live_adapter(engine.module))
-        return replace(form, carried=replace(form.carried, files={**config, **own}))
+        form = _form(engine, dtype, (adapter or live_adapter(engine.module)) if is_alone else None)
+        return replace(form, carried=replace(form.carried, files=small))
 
 
-def _live_adapter(engine: Engine) -> tuple[LiveAdapter | None, bool]:
-    """Return the adapter of the model, and whether files have to hold the base model too, which is reported."""
+def _adapter_alone(engine: Engine) -> LiveAdapter | None:
+    """Return the adapter of the model if files can hold it without the base model; otherwise report the reason."""
     try:
         adapter = live_adapter(engine.module)
         reason = _needs_base(adapter, engine) if adapter else None
     except EngineError as error:
         adapter, reason = None, f"its adapter cannot be written alone. {error}"
-    if reason:
-        notice(f"files of this model hold the base model too, because {reason}")
-    return adapter, adapter is None or reason is not None
+    if reason is None:
+        return adapter
+    notice(f"files of this model hold the base model too, because {reason}")
+    return None
 
 
 def _needs_base(adapter: LiveAdapter, engine: Engine) -> str | None:

@@ -198,7 +198,7 @@ class Snapshots:
 
     def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
         form, group = snapshot_form(engine, self._dtype, self._files), engine.shard_group
-        specs, extra = form.tensors.specs, snapshot_files(step, form.carried.files_for(self._dtype))
+        specs, extra = form.stored.specs, snapshot_files(step, form.carried.files_for(self._dtype))
         writer = open_writer(
             path,
             specs,
@@ -213,10 +213,10 @@ class Snapshots:
             with group.agree():
                 dtypes = {spec.name: spec.dtype for spec in specs}
                 for copy, live in _local_values(engine):
-                    if copy.name not in form.tensors.tensors:
+                    if copy.name not in form.stored.tensors:
                         continue
                     masks = may_be_mask(engine, copy.name)
-                    for span, values in form.tensors.spans(copy, live.detach()):
+                    for span, values in form.stored.spans(copy, live.detach()):
                         copies.append((span, _host_copy(values, dtypes[span.name])))
                         require_finite(span, values, copies[-1][1], allow_infinite=masks)
             counts = dict.fromkeys(dtypes, 0)

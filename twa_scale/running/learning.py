@@ -86,7 +86,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, files: 
         engine.keeps_optimizer = True
         engine.check()
         require_trainable(config, engine, pods)
-        candidates = snapshot_candidates(engine, window.steps, form.tensors)
+        candidates = snapshot_candidates(engine, window.steps, form.stored)
         stacked = experts_of(engine.module, engine.parameters, config)
         if stacked:
             engine = SplitEngine(engine, stacked)

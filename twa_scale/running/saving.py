@@ -16,7 +16,7 @@ from twa_scale.output.model_card import with_card
 from twa_scale.output.options import OutputOptions
 from twa_scale.output.provenance import with_provenance
 from twa_scale.output.publish import check_target, target_of
-from twa_scale.output.snapshot_form import snapshot_form
+from twa_scale.output.snapshot_form import SnapshotForm, snapshot_form
 from twa_scale.output.snapshots import snapshot_files
 from twa_scale.ranks import Pods
 from twa_scale.running.window import Window
@@ -111,8 +111,10 @@ def save(
     paths = [root / f"step-{step:08d}" for step in window.steps]
     with pods.agree():
         if pods.number == 0:  # Pods hold the same weights, so one of them writes.
+            form = snapshot_form(engine, dtype, files)
             for i, path in enumerate(paths):
-                _save(engine, window, i, path, dtype, files, max_shard_size)
+                small = snapshot_files(window.steps[i], form.carried.files_for(dtype))
+                _save(engine, window, i, path, form, max_shard_size, small)
     return paths
 
 
@@ -121,35 +123,34 @@ def _save(
     window: Window,
     i: int,
     path: Path,
-    dtype: torch.dtype | None,
-    files: Files,
+    form: SnapshotForm,
     max_shard_size: str | int,
+    small: Mapping[str, Any],
 ) -> None:
-    form = snapshot_form(engine, dtype, files)
     with writing(
         path,
-        form.tensors.specs,
+        form.stored.specs,
         engine.shard_group,
         max_shard_size=form.carried.shard_size(max_shard_size),
         overwrite=True,
         base=form.carried.base,
-        **snapshot_files(window.steps[i], form.carried.files_for(dtype)),
+        **small,
     ) as writer:
         window_spans = set(window.spans)
 
         def write(span: Span, values: torch.Tensor) -> None:
-            for stored, part in form.tensors.spans(span, values):
+            for stored, part in form.stored.spans(span, values):
                 writer.write(stored, part, allow_infinite=may_be_mask(engine, span.name))
 
         for span in engine.spans():
-            if span.name not in form.tensors.tensors:
+            if span.name not in form.stored.tensors:
                 continue
             pieces = _combined(window, i, span) if span in window_spans else [(span, engine.live(span))]
             for piece, values in pieces:
                 write(piece, values)
         if engine.shard_group.rank == 0:
             for name, buffer in engine.buffers().items():
-                if name in form.tensors.tensors:
+                if name in form.stored.tensors:
                     write(whole_tensor(name, tuple(buffer.shape)), window.buffer(name, i).reshape(-1))
 
 
