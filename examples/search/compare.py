@@ -51,7 +51,7 @@ def search(paths: list[Path], budget: int) -> tuple[list[float], float]:
     twa = twa_scale.attach(model, [str(path) for path in paths])
     print(f"attach: {time.perf_counter() - began:.2f} s, once")
     began = time.perf_counter()
-    result = twa_scale.search(twa, lambda: score(model), "sweep", budget=budget)
+    result = twa_scale.search(twa, lambda: score(model), "sweep", higher_is_better=True, budget=budget)
     seconds = time.perf_counter() - began
     return [evaluation.score for evaluation in result.evaluations], seconds / len(result.evaluations)
 

@@ -1,6 +1,7 @@
 """`optimizer.lr: auto` and `choose_rate` try three rates from the same start and choose by held-out data."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from twa_scale.base.notices import TwaWarning
 from twa_scale.run.rate_search import position, trial_steps
 
 ROWS = {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.03, "betas": [0.5, 0.9]}}
+
+lowest = partial(twa_scale.choose_rate, higher_is_better=False)
 
 
 def taken(model: nn.Module, twa: Any, first: int, steps: int = 3) -> float:
@@ -51,7 +54,7 @@ def choose(engine: str) -> tuple[Any, list[float], dict[str, Any], list[dict[str
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     scores: list[float] = []
     rates = [0.01, 0.09, 3e38]
-    chosen = twa_scale.choose_rate(twa, lambda: scores.append(taken(model, twa, 2)), lambda: scores[-1], rates)
+    chosen = lowest(twa, lambda: scores.append(taken(model, twa, 2)), lambda: scores[-1], rates)
     same = all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     state = twa.state_dict()
     twa.close()
@@ -108,7 +111,7 @@ def test_the_script_that_saved_a_chosen_rate_continues_with_it(groups: str) -> N
 def test_present_rate_is_kept_for_equal_scores() -> None:
     model, twa = small(0.2)
     with pytest.warns(TwaWarning, match="0.1, 0.2, 0.4 have the same score, 1: 0.2 is chosen"):
-        actual = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: 1.0, [0.1, 0.2, 0.4])
+        actual = lowest(twa, lambda: one(model, twa), lambda: 1.0, [0.1, 0.2, 0.4])
     assert actual.best.lr == twa.config.lr == 0.2
 
 
@@ -122,11 +125,11 @@ def test_trials_without_a_step_and_errors_leave_the_average_as_it_was() -> None:
         raise ValueError("no more data")
 
     with pytest.raises(twa_scale.ConfigError, match="no step of `train` changed"):
-        twa_scale.choose_rate(twa, lambda: None, lambda: 1.0)
+        lowest(twa, lambda: None, lambda: 1.0)
     with pytest.raises(ValueError, match="no more data"):
-        twa_scale.choose_rate(twa, fails, lambda: 1.0)
+        lowest(twa, fails, lambda: 1.0)
     with pytest.raises(twa_scale.ConfigError, match="return a number"):
-        twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: None)  # type: ignore[arg-type, return-value]
+        lowest(twa, lambda: one(model, twa), lambda: None)  # type: ignore[arg-type, return-value]
     assert same_bits(twa.state_dict(), before) and twa.config.lr == 0.1
 
 
@@ -140,7 +143,7 @@ def test_schedulers_of_a_trial_end_with_it_and_others_are_refused() -> None:
         rates.append(twa.optimizer.param_groups[0]["lr"])
 
     rates: list[float] = []
-    twa_scale.choose_rate(twa, train, lambda: rates[-1], [0.2, 0.4])
+    lowest(twa, train, lambda: rates[-1], [0.2, 0.4])
     assert rates == [0.1, 0.2] and twa.optimizer.param_groups[0]["lr"] == 0.2
     torch.optim.lr_scheduler.LambdaLR(twa.optimizer, lambda step: 1 / (2 + step))
     restore = twa.save_in_memory()
@@ -150,7 +153,7 @@ def test_schedulers_of_a_trial_end_with_it_and_others_are_refused() -> None:
     group = twa.optimizer.param_groups[0]
     assert (twa.config.lr, group["initial_lr"], group["lr"]) == (0.2, 0.2, 0.1)
     with pytest.raises(twa_scale.ConfigError, match="has a scheduler"):
-        twa_scale.choose_rate(twa, train, lambda: 0.0)
+        lowest(twa, train, lambda: 0.0)
 
 
 @pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), True, "0.1", None])
@@ -165,14 +168,14 @@ def test_rates_that_are_not_positive_raise(lr: Any) -> None:
 @pytest.mark.parametrize("rates", [[], [0.0], [-1.0], [float("inf")], ["fast"]])
 def test_invalid_rates_raise(rates: list[Any]) -> None:
     with pytest.raises(twa_scale.ConfigError, match="rates"):
-        twa_scale.choose_rate(small()[1], lambda: None, lambda: 0.0, rates)
+        lowest(small()[1], lambda: None, lambda: 0.0, rates)
 
 
 def test_all_rates_diverge() -> None:
     model, twa = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(twa_scale.NotFiniteError, match=r"1e\+300, 1e\+305"):
-        twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: 0.0, [1e300, 1e305])
+        lowest(twa, lambda: one(model, twa), lambda: 0.0, [1e300, 1e305])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert twa.config.lr == 0.1
 
@@ -305,7 +308,7 @@ def test_attach_has_no_held_out_data() -> None:
 def scored_by_rank() -> str:
     model, twa = small()
     with pytest.raises(twa_scale.ConfigError, match="choose_rate: the score is") as refused:
-        twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: float(dist.get_rank()))
+        lowest(twa, lambda: one(model, twa), lambda: float(dist.get_rank()))
     return str(refused.value)
 
 
@@ -326,9 +329,9 @@ def failing_on_a_rank() -> tuple[list[float], bool]:
             raise ValueError("the file of the scores is full")
         return float(total)
 
-    scores = [trial.score for trial in twa_scale.choose_rate(twa, train, score, [0.2, 0.1]).tried]
+    scores = [trial.score for trial in lowest(twa, train, score, [0.2, 0.1]).tried]
     with pytest.raises((ValueError, RuntimeError), match="scores is full"):
-        twa_scale.choose_rate(twa, train, score, [0.2, 0.3])
+        lowest(twa, train, score, [0.2, 0.3])
     twa.set_lr(0.1)
     return scores, same_bits(twa.state_dict(), before)
 

@@ -135,7 +135,7 @@ def test_a_search_does_not_drop_corrections() -> None:
     model, twa = cases.attach("plain", Run(ROWS))
     take_steps(model, twa, 0, 1)
     with pytest.raises(ConfigError, match="which a search would drop"):
-        twa_scale.search(twa, lambda: 0.0, method="sweep", budget=2)
+        twa_scale.search(twa, lambda: 0.0, method="sweep", higher_is_better=False, budget=2)
 
 
 def test_a_tensor_that_overflows_float16_is_refused() -> None:

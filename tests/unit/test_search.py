@@ -89,7 +89,7 @@ def test_cma_comes_near_the_optimum(constraint: Any) -> None:
         return -distance(model, target)
 
     before = -score()
-    actual = twa_scale.search(twa, score, "cma", budget=400, constraint=constraint)
+    actual = twa_scale.search(twa, score, "cma", budget=400, constraint=constraint, higher_is_better=True)
     assert -actual.best.score < 0.02 * before and -score() == pytest.approx(-actual.best.score, rel=1e-3)
     torch.testing.assert_close(twa.coefficients.sum(0), torch.ones(1).double())
     assert constraint == "sum" or bool((twa.coefficients > 0).all())
@@ -124,7 +124,7 @@ def test_record_of_other_candidates_is_refused(tmp_path: Path) -> None:
     for text in ("{}\n", "[1]\n", "x\n", '{"twa_scale": "search", "format": 1, "candidates": "other"}\n', "\xff\n"):
         record.write_bytes(text.encode("latin-1"))
         with pytest.raises(twa_scale.StateError, match="record"):
-            twa_scale.search(twa, lambda: 0.0, record=record)
+            twa_scale.search(twa, lambda: 0.0, record=record, higher_is_better=True)
         assert record.read_bytes() == text.encode("latin-1")
 
 
@@ -141,7 +141,7 @@ def test_record_of_other_candidates_is_refused(tmp_path: Path) -> None:
 def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     _, twa = make()
     with pytest.raises(twa_scale.ConfigError, match=message):
-        twa_scale.search(twa, lambda: 0.0, **arguments)
+        twa_scale.search(twa, lambda: 0.0, **arguments, higher_is_better=True)
 
 
 def test_scores_must_be_numbers() -> None:
@@ -150,11 +150,13 @@ def test_scores_must_be_numbers() -> None:
     scores: list[Any] = ["high", None, True, [1.0]]
     for score in scores:
         with pytest.raises(twa_scale.ConfigError, match="return a number"):
-            twa_scale.search(twa, repeat(score).__next__)
+            twa_scale.search(twa, repeat(score).__next__, higher_is_better=True)
     with pytest.raises(twa_scale.TwaError, match="finite"):
-        twa_scale.search(twa, lambda: float("nan"))
+        twa_scale.search(twa, lambda: float("nan"), higher_is_better=True)
     torch.testing.assert_close(twa.coefficients, before)
-    actual = twa_scale.search(twa, iter([float("nan"), 1.0, float("inf"), *[0.5] * 100]).__next__)
+    actual = twa_scale.search(
+        twa, iter([float("nan"), 1.0, float("inf"), *[0.5] * 100]).__next__, higher_is_better=True
+    )
     assert actual.best.score == 1.0
 
 
@@ -163,7 +165,7 @@ def test_the_best_average_is_set_exactly_or_the_basis_is_refused(center: str) ->
     """`pca` has the nearest weights in the space of its components."""
     _, twa = make(basis="pca", num_components=2, center=center)
     with pytest.raises(twa_scale.ConfigError, match="basis 'pca' of 2 components does not reach"):
-        twa_scale.search(twa, lambda: 0.0)
+        twa_scale.search(twa, lambda: 0.0, higher_is_better=True)
     for basis in ("pca", "orthonormal", "normalized"):
         model, twa = make(basis=basis, center=center)
         actual = twa_scale.search(twa, partial(distance, model, mean_of(1)), higher_is_better=False)
@@ -173,8 +175,8 @@ def test_the_best_average_is_set_exactly_or_the_basis_is_refused(center: str) ->
 def test_the_simplex_and_many_groups_are_refused() -> None:
     _, twa = make(basis="simplex")
     with pytest.raises(twa_scale.ConfigError, match="basis"):
-        twa_scale.search(twa, lambda: 0.0)
+        twa_scale.search(twa, lambda: 0.0, higher_is_better=True)
     _, twa = make(groups="tensor")
     with pytest.raises(twa_scale.ConfigError, match="fewer groups"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("twa_scale.average.search.methods._MAX_DIMENSIONS", 9)
-        twa_scale.search(twa, lambda: 0.0, "cma")
+        twa_scale.search(twa, lambda: 0.0, "cma", higher_is_better=True)

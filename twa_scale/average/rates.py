@@ -36,7 +36,7 @@ def choose_rate(
     score: Callable[[], float],
     rates: Sequence[float] | None = None,
     *,
-    higher_is_better: bool = False,
+    higher_is_better: bool,
 ) -> ChosenRate:
     """Train with each of several learning rates, and set `average` to the one with the best score. Collective.
 
@@ -52,7 +52,7 @@ def choose_rate(
         score: called on every rank after `train`. It returns the same number on all ranks, computed on data that
             `train` does not use.
         rates: the rates to try; by default a third of the current rate, the rate, and three times the rate.
-        higher_is_better: False for a loss.
+        higher_is_better: True for an accuracy, False for a loss.
 
     Raises:
         ConfigError: `rates` are not positive numbers, the optimizer has a scheduler, no step of `train` has changed the

@@ -43,8 +43,8 @@ def search(
     score: Callable[[], float],
     method: Method = "sweep",
     *,
+    higher_is_better: bool,
     budget: int = 200,
-    higher_is_better: bool = True,
     constraint: Constraint = "sum",
     seed: int = 0,
     record: str | Path | None = None,
@@ -62,8 +62,8 @@ def search(
         score: called on every rank with the weights of an average in the model; returns the same number on all ranks.
             Use held-out data that no test uses.
         method: `sweep`, `greedy` or `cma`.
+        higher_is_better: True for an accuracy, False for a loss.
         budget: the largest number of evaluations.
-        higher_is_better: False for a loss.
         constraint: for `cma`: `sum` keeps the sum of a group's coefficients, `simplex` also keeps them positive.
         seed: the seed of `cma`.
         record: the file of the scores. A search that is started again with it does not repeat evaluations.
