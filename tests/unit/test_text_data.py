@@ -145,17 +145,22 @@ def test_a_label_that_the_head_of_the_model_lacks_is_named(bert: str, tmp_path: 
     assert model.classifier.out_features == 8
 
 
-@pytest.mark.parametrize(("kind", "longest"), [("bert", 20), ("roberta", 19), ("gpt2", 20), ("deberta-v2", 1000)])
+@pytest.mark.parametrize(
+    ("kind", "longest"),
+    [("bert", 20), ("roberta", 19), ("gpt2", 20), ("bart", 20), ("opt", 20), ("openai-gpt", 20), ("deberta-v2", 1000)],
+)
 def test_a_length_that_the_model_does_not_allow_is_refused(bert: str, tmp_path: Path, kind: str, longest: int) -> None:
-    """RoBERTa does not use its positions up to that of padding, DeBERTa has only relative ones."""
+    """RoBERTa does not use its positions up to that of padding, BART has two more, DeBERTa has only relative ones."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    vocabulary = {"vocab_size": 30, "max_position_embeddings": 20, "pad_token_id": 0}
+    of_bart = {f"{half}_{key}": 1 for half in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    sizes |= of_bart if kind == "bart" else {}
+    vocabulary = {"vocab_size": 30, "max_position_embeddings": 20, "pad_token_id": 0, "eos_token_id": 5}
     relative = {"relative_attention": True, "position_biased_input": False} if kind == "deberta-v2" else {}
     model = shutil.copytree(bert, tmp_path / "model")
     AutoConfig.for_model(kind, **sizes, **vocabulary, **relative).save_pretrained(model)
     path = write(tmp_path / "a.csv", TABLE)
     task = task_of(str(model), train=path, max_length=longest)
-    text = {name: torch.full((1, longest), 5) for name in ("input_ids", "attention_mask")}
+    text = {name: torch.full((1, longest), value) for name, value in (("input_ids", 5), ("attention_mask", 1))}
     with torch.no_grad():
         task.model()(**text)
     if kind != "deberta-v2":

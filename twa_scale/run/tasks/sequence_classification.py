@@ -23,6 +23,7 @@ from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
 from twa_scale.run.tasks.text_examples import TextExamples
 
 _LENGTH = 128  # tokens
+_POSITIONS = {"position_embeddings", "wpe", "embed_positions", "positions_embed"}
 Problem = Literal["classification", "regression"]
 
 
@@ -186,7 +187,7 @@ def _num_positions(model: Any) -> float:
     """Return the number of positions of a model with a table of their embeddings; others have no limit."""
     sizes = [inf]
     for name, table in model.named_modules():
-        if name.endswith((".position_embeddings", ".wpe")) and isinstance(table, nn.Embedding):
+        if isinstance(table, nn.Embedding) and name.rpartition(".")[-1] in _POSITIONS:
             first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
             sizes += [table.num_embeddings - first, getattr(model.config, "max_position_embeddings", inf)]
     return min(sizes)
