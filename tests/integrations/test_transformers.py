@@ -247,6 +247,10 @@ def test_further_averages_are_evaluated_with_prefixes_of_their_own(tmp_path: Pat
     history = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     assert history["eval_last_loss"] == pytest.approx(loss_of(trainer.model), abs=1e-5)
     assert len({history[key] for key in ("eval_loss", "eval_last_loss", "eval_mean_loss")}) == 3
+    after = torch.get_rng_state()
+    alone = TwaCallback(ema=[0.9], window=window, save=False)
+    trainer_with(tmp_path, alone, eval_strategy="steps", eval_steps=HALF, save_strategy="no").train()
+    assert torch.equal(torch.get_rng_state(), after)  # they change nothing that training draws
 
 
 class Adding(Trainer):

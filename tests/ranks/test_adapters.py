@@ -2,14 +2,17 @@
 
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
@@ -30,11 +33,22 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
+def is_trained_layer(module: nn.Module) -> bool:
+    """Tell FSDP1 which modules to wrap, as PEFT recommends for use_orig_params=False."""
+    weight = getattr(module, "weight", None)
+    return not list(module.children()) and isinstance(weight, nn.Parameter) and weight.requires_grad
+
+
 def wrapped(model: Any, engine: str) -> Any:
     if engine == "zero3":
         return zero.wrap(model, engine)
+    if engine == "fsdp1":
+        policy = partial(lambda_auto_wrap_policy, lambda_fn=is_trained_layer)
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=False, device_id=torch.device("cpu")
+        )
     if engine == "fsdp2":
-        for block in model.base_model.model.transformer.h:
+        for block in model.get_base_model().transformer.h:
             fully_shard(block)
         return fully_shard(model)
     return DistributedDataParallel(model) if engine == "ddp" else model
@@ -85,6 +99,17 @@ def test_ranks_train_what_one_process_trains(space: str, ranks: Pool, tmp_path: 
         torch.testing.assert_close(adapters.logits(adapters.load(out)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_flat_parameters_train_what_one_process_trains(ranks: Pool, tmp_path: Path) -> None:
+    settings = MIXED[0] | {"target_modules": ["c_attn"]}
+    paths = [adapters.save(adapters.adapted(seed=i, **settings), tmp_path / f"step-{i}") for i in range(3)]
+    outs = [str(tmp_path / name) for name in ("plain", "fsdp1")]
+    plain, _ = trained("plain", paths[-1], paths, "factors", outs[0])
+    actual, _ = ranks(trained, 2, engine="fsdp1", start=paths[-1], paths=paths, space="factors", out=outs[1])
+    torch.testing.assert_close(actual[0], plain, rtol=1e-4, atol=1e-5)
+    wanted, loaded = (adapters.logits(adapters.load(out)) for out in outs)
+    torch.testing.assert_close(loaded, wanted, rtol=1e-4, atol=1e-4)
+
+
 def written(engine: str, start: str, out: Path) -> None:
     """Write a running average, a snapshot of a window, and a snapshot of an adapter."""
     model = wrapped(adapters.load(start, trainable=True), engine)
@@ -103,9 +128,10 @@ def written(engine: str, start: str, out: Path) -> None:
     twa_scale.Snapshots(out / "live", every_n_steps=2).step(model, 2)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "zero3"])
 def test_ranks_write_adapters_of_a_training(engine: str, ranks: Pool, tmp_path: Path) -> None:
-    start = adapters.save(adapters.adapted(**MIXED[0]), tmp_path / "start")
+    modules = {"target_modules": ["c_attn"]} if engine == "fsdp1" else {}  # embeddings cannot be wrapped separately
+    start = adapters.save(adapters.adapted(**(MIXED[0] | modules)), tmp_path / "start")
     ranks(written, 2, engine=engine, start=start, out=tmp_path / "out", timeout=120)
     wanted = load_file(f"{start}/adapter_model.safetensors")
     added = {"mean": 1.5, "step-00000001": 1.0, "step-00000002": 2.0, "live/step-00000002": 2.0}
@@ -115,6 +141,22 @@ def test_ranks_write_adapters_of_a_training(engine: str, ranks: Pool, tmp_path: 
         for name, value in actual.items():
             torch.testing.assert_close(value, wanted[name] + by)
         adapters.load(tmp_path / "out" / path)
+
+
+def written_prompts(engine: str, out: Path) -> list[str]:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(adapters.base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        path = twa_scale.Snapshots(out, every_n_steps=1).save(wrapped(model, engine), 1)
+    return sorted(load_file(path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_ranks_write_learned_prompts_with_the_base_model(engine: str, ranks: Pool, tmp_path: Path) -> None:
+    """PEFT runs the encoder of the prompts to save them, which gathers weights."""
+    (names, _) = ranks(written_prompts, 2, engine=engine, out=tmp_path / "out")
+    assert {"prompt_encoder.default.embedding.weight", "base_model.transformer.wpe.weight"} <= set(names)
 
 
 def fail_on_one(out: Path) -> str:

@@ -521,3 +521,35 @@ def wrapped_in_ddp(first: bool) -> list[str]:
 def test_averages_of_the_module_in_a_wrapper_are_reported_once(ranks: Pool, first: bool) -> None:
     messages, other = ranks(wrapped_in_ddp, 2, first=first)
     assert len(messages) == 1 and "that a DistributedDataParallel wraps" in messages[0] and not other
+
+
+def exported_with_a_file_of_the_first_rank(out: Path) -> None:
+    torch.manual_seed(0)
+    averages = twa_scale.RunningAverages(nn.Linear(2, 2), ema=[0.5], window={"every": 1, "keep": 2})
+    files = {"notes.txt": out / "notes.txt" if averages.pods.rank == 0 else out / "missing"}
+    for _ in range(2):
+        averages.step()
+    averages.export(out / "ema", "ema", files=files)
+    with averages.learning(files=files) as twa:
+        twa.export(out / "learned")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_only_the_first_rank_reads_small_files(ranks: Pool, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("a run")
+    ranks(exported_with_a_file_of_the_first_rank, 2, out=tmp_path)
+    for name in ("ema", "learned"):
+        assert (tmp_path / name / "notes.txt").read_text() == "a run"
+
+
+def compared_with_nan() -> str:
+    averages = twa_scale.RunningAverages(nn.Linear(2, 2), ema=[0.5])
+    averages.step()
+    with pytest.raises(twa_scale.ConfigError) as refused:
+        averages.compare(lambda _: float("nan") if averages.pods.rank == 0 else 1.0)
+    return str(refused.value)
+
+
+def test_a_score_of_one_rank_that_is_not_finite_is_named_with_its_rank(ranks: Pool) -> None:
+    for message in ranks(compared_with_nan, 2):
+        assert "the score is 1.0 on rank 1" in message and "nan on rank 0" in message

@@ -9,6 +9,7 @@ import torch
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import twa_scale
 from tests import adapters
@@ -19,6 +20,9 @@ KINDS = {
     "LoRA": LoraConfig(r=4, target_modules=["c_attn", "wte"], fan_in_fan_out=True, modules_to_save=["ln_f"]),
     "DoRA": LoraConfig(r=4, use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True),
     "VeRA": VeraConfig(r=8, target_modules=["lm_head"]),
+    "tied": LoraConfig(
+        target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["wte", "lm_head"], ensure_weight_tying=True
+    ),
     "IA3": IA3Config(target_modules=["c_attn", "mlp.c_fc"], feedforward_modules=["mlp.c_fc"], fan_in_fan_out=True),
 }
 
@@ -55,8 +59,9 @@ def test_snapshots_are_adapters(tmp_path: Path, kind: str, asynchronous: bool) -
         twa_scale.attach(model, str(tmp_path / "step-*[0-9]"), {"space": "factors"}).close()
 
 
-def test_averages_of_a_training_are_adapters(tmp_path: Path) -> None:
-    model = adapted(KINDS["LoRA"])
+@pytest.mark.parametrize("kind", ["LoRA", "tied"])
+def test_averages_of_a_training_are_adapters(tmp_path: Path, kind: str) -> None:
+    model = adapted(KINDS[kind])
     averages = twa_scale.RunningAverages(model, ema=[0.5], window={"every": 1, "keep": 3, "store": "dense32"})
     for _ in range(3):
         move(model)
@@ -94,15 +99,42 @@ def test_snapshots_hold_the_base_model_if_it_is_trained_too(tmp_path: Path) -> N
     assert load_file(path / "model.safetensors").keys() >= {"base_model.model.transformer.wpe.weight"}
 
 
-def test_snapshots_hold_the_base_model_if_its_vocabulary_was_resized(tmp_path: Path) -> None:
-    """PEFT then saves the embeddings with the adapter. They may hold values for new tokens."""
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"trainable_token_indices": [41, 42]}, {"modules_to_save": ["wte", "lm_head"]}],
+    ids=["frozen", "new tokens", "trained"],
+)
+def test_adapters_hold_embeddings_that_were_resized(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """They may hold values for new tokens. Averages hold them, too."""
     adapters.base().save_pretrained(tmp_path / "base")
-    base = type(adapters.base()).from_pretrained(tmp_path / "base")
-    base.resize_token_embeddings(44)
+
+    def resized() -> Any:
+        base = type(adapters.base()).from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(44)
+        return base
+
+    model = get_peft_model(resized(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, **settings))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[40:] = torch.randn(4, 32)
+    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2, "store": "dense32"})
+    for _ in range(2):
+        move(model)
+        averages.step()
+    path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
+    assert torch.equal(logits(load(path, base=resized)), logits(model))
+    with averages.weights("mean"):
+        expected = logits(model)
+    with averages.learning() as twa:
+        twa.export(tmp_path / "learned")
+    torch.testing.assert_close(logits(load(tmp_path / "learned", base=resized)), expected)
+
+
+def test_a_base_model_that_is_not_found_is_reported(tmp_path: Path) -> None:
+    base = adapters.base()
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "moved")
     model = get_peft_model(base, KINDS["DoRA"])
-    with pytest.warns(TwaWarning, match="because its embeddings have another size"):
-        path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
-    assert load_file(path / "model.safetensors")["base_model.model.transformer.wte.weight"].shape[0] == 44
+    with pytest.warns(TwaWarning, match="moved' is not in a directory or in the cache"):
+        twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
 
 
 def test_snapshots_hold_the_base_model_if_it_has_statistics(tmp_path: Path) -> None:
@@ -117,6 +149,21 @@ def test_snapshots_hold_the_base_model_if_it_has_statistics(tmp_path: Path) -> N
     name = "base_model.model.1.running_mean"
     with averages.weights("ema"):
         assert torch.equal(load_file(tmp_path / "ema/model.safetensors")[name], model.get_buffer(name))
+
+
+def test_statistics_that_an_adapter_replaces_need_no_base_model(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
+    assert "base_model.model.1.running_mean" in load_file(path / "adapter_model.safetensors")
+
+
+def test_the_class_of_the_base_model_is_not_that_of_a_wrapper(tmp_path: Path) -> None:
+    model = adapted(KINDS["DoRA"])
+    model.base_model.model = checkpoint_wrapper(model.base_model.model)
+    path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
+    kind = {"base_model_class": "GPT2LMHeadModel", "parent_library": "transformers.models.gpt2.modeling_gpt2"}
+    assert json.loads((path / "adapter_config.json").read_text())["auto_mapping"] == kind
 
 
 def test_names_of_weight_files_are_refused_early(tmp_path: Path) -> None:

@@ -84,9 +84,10 @@ def _require_one_tensor(shared: Sequence[tuple[str, str]], layout: Layout, store
         OutputError: two of them are different tensors. The message names them.
     """
     model_names = {
-        stored.stored_name(name): model_name
+        raw: model_name
         for model_name, names in layout.names_in_candidates.items()
         for name in names
+        for raw in stored.stored_names(name)
     }
     for first, second in shared:
         if model_names.get(first) != model_names.get(second):

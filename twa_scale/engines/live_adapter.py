@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.base.names import quoted, without_wrappers
+from twa_scale.base.names import quoted
+from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import ADAPTER_CONFIG, PREFIX, adapter_config, ranks_of, scalings
-from twa_scale.engines.module_names import name_unwrapper, own_class
+from twa_scale.engines.module_names import name_unwrapper, own_class, unwrapped
 from twa_scale.engines.private_attributes import require, version
+from twa_scale.engines.without_wrappers import without_wrappers
 from twa_scale.errors import CandidateError, EngineError
 
 _MODEL = ("peft_config",)
@@ -50,10 +52,16 @@ class LiveAdapter:
     """The scaling of each LoRA module, by its name in the base model."""
     model: Any
     """The PeftModel, or the model with injected adapters."""
+    has_embeddings: bool = False
+    """Whether `stored` has the embeddings of the base model, which PEFT saves after their size has changed."""
 
     def holds(self, name: str) -> bool:
         """Return whether a tensor of the model belongs to the adapter and not to the base model."""
         return name in self.stored
+
+    def replaces(self, name: str) -> bool:
+        """Return whether a module of an adapter (`modules_to_save`) is used in place of the one of this tensor."""
+        return not {"original_module", "modules_to_save"}.isdisjoint(name.split(".")) and not self.holds(name)
 
     def file_name(self, name: str) -> str:
         """Return the name of a tensor of the adapter in the files that PEFT and transformers write."""
@@ -72,7 +80,7 @@ class LiveAdapter:
         if hasattr(self.model, "get_base_model"):
             settings.base_model_name_or_path = self._base_name()
             if settings.task_type is None:
-                kind = own_class(self.model.get_base_model())
+                kind = own_class(unwrapped(self.model.get_base_model()))
                 mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         with TemporaryDirectory() as directory:
             settings.save_pretrained(directory, auto_mapping_dict=mapping)
@@ -84,23 +92,30 @@ class LiveAdapter:
         PEFT then saves the embeddings with the adapter.
         """
         config: Any = getattr(self.model, "config", None)
-        if self._base_name() is None or not hasattr(config, "vocab_size"):
+        size = _vocabulary(config)
+        if size is None or (name := self._base_name()) is None:
             return False
         try:
-            base = type(config).from_pretrained(self._base_name(), local_files_only=True)
+            base = type(config).from_pretrained(name, local_files_only=True)
         except Exception:  # of another library, for example because there is no such file
+            notice(
+                f"the configuration of the base model {name!r} is not in a directory or in the cache. If you have "
+                "resized the embeddings, files of the adapter lack them."
+            )
             return False
-        return bool(getattr(base, "vocab_size", config.vocab_size) != config.vocab_size)
+        return _vocabulary(base) not in (None, size)
 
     def _base_name(self) -> str | None:
         """Return the name or path of the base model, as PEFT does."""
         name = self.model.peft_config[self.name].base_model_name_or_path
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = unwrapped(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
         return name or vars(base).get("name_or_path") or None
 
 
-def live_adapter(root: nn.Module) -> LiveAdapter | None:
+def live_adapter(root: nn.Module, *, with_embeddings: bool = False) -> LiveAdapter | None:
     """Return the adapter that a model trains, or None if it has no adapters. The model can be wrapped and sharded.
+
+    `with_embeddings` adds the embeddings of the base model, as PEFT does after their size has changed.
 
     Raises:
         EngineError: several adapters are active, an adapter is merged into the base weights, or its tensors are not
@@ -115,15 +130,19 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     kind = _text(model.peft_config[name].peft_type)
     _require_unmerged(model)
     _require_no_views(model)
-    prefix, unwrap = f"{path}." if path else "", name_unwrapper(root)
-    names = _names(model)
-    marks = {raw: torch.empty(0) for raw in names}
-    names_by_id = {id(mark): unwrap(prefix + names[raw]) for raw, mark in marks.items()}
-    files = _in_files(model, name, kind, marks)
-    plain = without_wrappers(files)
-    stored = {names_by_id[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in names_by_id}
-    _require_own(name, kind, stored, [raw for raw, mark in files.items() if id(mark) not in names_by_id])
-    return LiveAdapter(name, kind, stored, dict(_scalings(model, name)), model)
+    plain_path = name_unwrapper(root)(path)
+    prefix = f"{plain_path}." if plain_path else ""
+    with without_wrappers(root):
+        names = _names(model)
+        marks = {raw: torch.empty(1, 2, device="cpu") for raw in names}
+        files = _in_files(model, name, kind, marks)
+        if with_embeddings:
+            files |= _embeddings_in_files(model, name, kind, marks, files)
+        factors = dict(_scalings(model, name))
+    live_names = {_key(mark): prefix + names[raw] for raw, mark in marks.items()}
+    stored = {live_names[_key(mark)]: _spellings(raw) for raw, mark in files.items() if _key(mark) in live_names}
+    _require_own(name, kind, stored, [raw for raw, mark in files.items() if _key(mark) not in live_names])
+    return LiveAdapter(name, kind, stored, factors, model, with_embeddings)
 
 
 def require_no_adapter(candidates: Sequence[Candidate], names: Collection[str]) -> None:
@@ -234,18 +253,42 @@ def _names(model: nn.Module) -> dict[str, str]:
     return names | {name: first[id(buffer)] for name, buffer in model.named_buffers(remove_duplicate=False)}
 
 
-def _in_files(model: Any, name: str, kind: str, marks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _vocabulary(config: Any) -> int | None:
+    """Return the number of tokens that a configuration of transformers names, if it does."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def _embeddings_in_files(
+    model: Any, name: str, kind: str, marks: dict[str, torch.Tensor], others: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the embeddings that PEFT would write with an adapter, except those that the adapter replaces."""
+    files, held = _in_files(model, name, kind, marks, with_embeddings=True), set(map(_key, others.values()))
+    return {raw: mark for raw, mark in files.items() if _key(mark) not in held and "original_module" not in raw}
+
+
+def _key(mark: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """Return what identifies a mark. PEFT detaches it if transformers has made the model parallel, or transposes it."""
+    return mark.data_ptr(), tuple(mark.shape)
+
+
+def _in_files(
+    model: Any, name: str, kind: str, marks: dict[str, torch.Tensor], *, with_embeddings: bool = False
+) -> dict[str, torch.Tensor]:
     """Return the tensors that PEFT would write, by their names in files.
+
+    The embeddings of the base model are left out by default, because in files they have the names of the model.
 
     Raises:
         EngineError: PEFT cannot find them without the values of the tensors, or this version of PEFT is not supported.
     """
     from peft import get_peft_model_state_dict
 
+    if model.peft_config[name].is_prompt_learning:  # PEFT would run the encoder of the prompts.
+        _require_own(name, kind, {}, [])
     try:
-        # Without embeddings, because these have the names of the model in files.
         state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-            model, marks, adapter_name=name, save_embedding_layers=False
+            model, marks, adapter_name=name, save_embedding_layers=with_embeddings
         )
     except Exception as error:
         raise EngineError(
@@ -284,13 +327,12 @@ def _spellings(stored: str) -> tuple[str, ...]:
 def _scalings(model: nn.Module, name: str) -> Iterator[tuple[str, LiveScaling]]:
     from peft.tuners.lora import LoraLayer
 
-    unwrap = name_unwrapper(model)
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         require("peft", module, _LORA)
         if name in module.scaling:
-            module_name = unwrap(path).removeprefix(PREFIX)
+            module_name = path.removeprefix(PREFIX)
             yield (
                 module_name,
                 LiveScaling(float(module.scaling[name]), int(module.r[name]), _looked_up(module_name, module)),

@@ -53,6 +53,13 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield unwrap(path), module
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module in a wrapper, or in several."""
+    while (attribute := wrapped_attribute(module)) is not None:
+        module = getattr(module, attribute)
+    return module
+
+
 def own_class(module: nn.Module) -> Any:
     """Return the class of a module. FSDP2 replaces it by a class that it derives."""
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))

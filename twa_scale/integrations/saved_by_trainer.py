@@ -1,14 +1,10 @@
 """What the Trainer of transformers saves: whole weights or shards, and small files next to them."""
 
-from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
-
-from twa_scale.engines.module_names import own_class
+from twa_scale.output.model_files import files_in, files_of_model
 
 
 def saves_shards(trainer: Any) -> bool:
@@ -24,22 +20,13 @@ def small_files_of(trainer: Any) -> dict[str, bytes]:
 
     Those of the model are left out if the Trainer trains an adapter.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    parts = [trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)]
-    config = None
-    if isinstance(model, PreTrainedModel) and not _is_adapter(trainer):
-        kind = own_class(model)
-        config = deepcopy(model.config)
-        config.architectures = [kind.__name__]
-        parts += [config, model.generation_config if model.can_generate() else None]
-    with TemporaryDirectory() as name:
-        if config is not None and model.is_remote_code():
-            custom_object_save(kind.__new__(kind), name, config)  # reads the class only
-        for part in parts:
-            if part is not None:
-                part.save_pretrained(name)
-        root = Path(name)
-        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    files = files_of_model(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+    processing = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    if processing is not None:
+        with TemporaryDirectory() as name:
+            processing.save_pretrained(name)
+            files |= files_in(Path(name))
+    return files
 
 
 def _is_adapter(trainer: Any) -> bool:

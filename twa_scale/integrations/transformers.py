@@ -12,6 +12,7 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.base.calls import running_calls
 from twa_scale.base.notices import notice
+from twa_scale.base.random_states import same_random_states
 from twa_scale.errors import ConfigError, OutputError, StateError, TwaError
 from twa_scale.integrations.averaging import LEARNED, Averaging, repeated
 from twa_scale.integrations.coefficients import STATE as COEFFICIENTS
@@ -202,10 +203,10 @@ class TwaCallback(Averaging, _CheckedCallback):
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> None:
-        """Evaluate and log further averages with the Trainer, each with its own prefix."""
+        """Evaluate and log further averages with the Trainer, each with its own prefix. Training is not changed."""
         for name, label in self._further():
             prefix = f"{metric_key_prefix}_{label}"
-            with added_metrics_as(self._trainer, prefix):
+            with added_metrics_as(self._trainer, prefix), same_random_states():
                 self._evaluated(evaluate, name, eval_dataset, ignore_keys, prefix)
 
     def _unwrap_evaluate(self) -> None:

@@ -32,7 +32,7 @@ from twa_scale.output.live_weights import may_be_mask, write_checkpoint
 from twa_scale.output.overwriting import foreign_files, own_weight_files
 from twa_scale.output.provenance import provenance, with_provenance
 from twa_scale.output.publish import output_errors, target_of
-from twa_scale.output.snapshot_form import snapshot_form
+from twa_scale.output.snapshot_form import SnapshotForm, snapshot_form
 from twa_scale.output.temporary import TemporaryName, remove_leftovers
 from twa_scale.ranks import Group, Pods, publish_failure, require_same_settings
 
@@ -64,8 +64,8 @@ class Snapshots:
         start_step: the first step that may be written; others follow every `every_n_steps`.
         keep_last: the number of candidates to keep; older ones are deleted. None keeps all.
         dtype: the type of floating point tensors in the files; None for their type in the model.
-        files: small files for each candidate, such as config.json: the content of each, or the path of a file to copy,
-            by its path in the candidate.
+        files: small files for each candidate, such as those of a tokenizer: the content of each, or the path of a file
+            to copy, by its path in the candidate. A model of transformers writes its configuration itself.
         max_shard_size: the maximum size of one file, such as "5GB".
         replica_group: with pods, the group that is passed to `attach`. The first pod writes.
         asynchronous: whether a thread writes while training continues.
@@ -146,13 +146,14 @@ class Snapshots:
         pods, group = Pods(engine.shard_group, engine.replica_group), engine.shard_group
         settings = {"step": step, "asynchronous": self._asynchronous, "keep_last": self._keep}
         require_same_settings(pods, settings)  # The writer compares the tensors and the target.
+        form = snapshot_form(engine, pods, self._dtype, self._files)
         with pods.agree():
             background = None
             if pods.number == 0:  # All pods hold the same weights.
                 if self._asynchronous:
-                    background = self._start_writing(engine, path, step)
+                    background = self._start_writing(engine, form, path, step)
                 else:
-                    self._write(engine, path, step)
+                    self._write(engine, form, path, step)
         if self._asynchronous:
             self._pending = (pods, group, background)
         return path
@@ -184,8 +185,7 @@ class Snapshots:
         if kind is None:
             self.close()
 
-    def _write(self, engine: Engine, path: Path, step: int) -> None:
-        form = snapshot_form(engine, self._dtype, self._files)
+    def _write(self, engine: Engine, form: SnapshotForm, path: Path, step: int) -> None:
         write_checkpoint(
             engine,
             path,
@@ -196,9 +196,9 @@ class Snapshots:
             **snapshot_files(step, form.carried.files_for(self._dtype)),
         )
 
-    def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
-        form, group = snapshot_form(engine, self._dtype, self._files), engine.shard_group
-        specs, extra = form.stored.specs, snapshot_files(step, form.carried.files_for(self._dtype))
+    def _start_writing(self, engine: Engine, form: SnapshotForm, path: Path, step: int) -> BackgroundWrite:
+        group, specs = engine.shard_group, form.stored.specs
+        extra = snapshot_files(step, form.carried.files_for(self._dtype))
         writer = open_writer(
             path,
             specs,

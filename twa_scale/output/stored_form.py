@@ -34,8 +34,8 @@ class StoredForm:
     """The tensors of the files."""
     _itemsize: Mapping[str, int]
     """The bytes of one element in the files, by the name in the model."""
-    _names: Mapping[str, str]
-    """The names in the files of tensors that are stored unchanged, by the name in the model."""
+    _names: Mapping[str, Sequence[str]]
+    """The names in the files of tensors that are stored unchanged, by the name in the model. Tied ones have several."""
     _made: Mapping[str, Segments]
     """The segments in the files of the other tensors, by the name in the model."""
 
@@ -44,9 +44,9 @@ class StoredForm:
         """The names in the model of the tensors that the files hold."""
         return self._itemsize.keys()
 
-    def stored_name(self, name: str) -> str:
-        """Return the name of a tensor in the files, or its own name if it is stored in parts of others."""
-        return self._names.get(name, name)
+    def stored_names(self, name: str) -> Sequence[str]:
+        """Return the names of a tensor in the files, or its own name if it is stored in parts of others."""
+        return self._names.get(name, (name,))
 
     def made(self, name: str, shape: tuple[int, ...]) -> Made | None:
         """Return the segments of the files from which a tensor is made, or None if it is stored unchanged."""
@@ -58,7 +58,7 @@ class StoredForm:
 
     def nbytes(self, span: Span) -> int:
         """Return the size of a span in the files, in bytes."""
-        return len(span) * self._itemsize[span.name]
+        return len(span) * self._itemsize[span.name] * len(self.stored_names(span.name))
 
     def spans(self, span: Span, values: torch.Tensor) -> Iterator[tuple[Span, torch.Tensor]]:
         """Yield the spans of the files that hold a span of the model, with their values.
@@ -68,7 +68,8 @@ class StoredForm:
             values: its elements, 1-D, of any type and on any device.
         """
         if span.name in self._names:
-            yield replace(span, name=self._names[span.name]), values
+            for stored in self._names[span.name]:
+                yield replace(span, name=stored), values
         else:
             yield from self._made[span.name].spans(span, values)
 
@@ -101,11 +102,12 @@ def form_of_model(tensors: Mapping[str, Tensor], saved: Mapping[str, Traced], dt
 
     Args:
         tensors: the tensors of the model.
-        saved: the tensors that the library saves, by their names in the files, traced to those of the model.
+        saved: the tensors that the library saves, by their names in the files, traced to those of the model. A tensor
+            can be saved unchanged under several names.
         dtype: the type of floating point tensors in the files; None for their type in the model.
 
     Raises:
-        ValueError: the library saves elements of a tensor not at all or twice.
+        ValueError: the library saves elements of a tensor not at all, or in parts twice.
     """
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     segments: dict[str, list[Segment]] = {}
@@ -146,5 +148,8 @@ def _form(
     itemsize = {spec.name: spec.dtype.itemsize for spec in specs}
     sizes = {name: itemsize[raw] for raw, (name, _) in stored.items()}
     sizes |= {name: max((itemsize[part.source.name] for part in parts), default=0) for name, parts in segments.items()}
-    names = {name: raw for raw, (name, _) in stored.items() if name not in segments}
+    names: dict[str, list[str]] = {}
+    for raw, (name, _) in stored.items():
+        if name not in segments:
+            names.setdefault(name, []).append(raw)
     return StoredForm(specs, sizes, names, {name: Segments(parts) for name, parts in segments.items()})

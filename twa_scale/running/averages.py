@@ -329,7 +329,7 @@ class RunningAverages:
             which: as for `weights`, which shows the average while it is written.
             dtype: the type of the floating point tensors in the files; by default, those of the weights that are
                 trained, which is float32 with DeepSpeed. Each dtype in config.json is replaced by this type.
-            files: small files next to the weights, such as config.json, as for `Snapshots`.
+            files: small files next to the weights, such as those of a tokenizer, as for `Snapshots`.
             max_shard_size: the maximum size of one file's tensors.
             overwrite: replaces an earlier output of twa_scale in `path`.
             progress: called on every rank that writes, with the bytes just written and the total.

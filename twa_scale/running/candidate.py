@@ -26,13 +26,15 @@ class SnapshotCandidate:
         pairs = engine.complex_names
         tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
         tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
-        self._tensors = {
-            name: (shape[:-1], dtype.to_complex()) if name in pairs else (shape, dtype)
-            for name, (shape, dtype) in tensors.items()
-            if name in form.tensors
-        }
+        self._tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.stored_names: dict[str, str] = {}
+        for owner in form.tensors:
+            shape, dtype = tensors[owner]
+            stored, *others = form.stored_names(owner)
+            for name, raw in ((owner, stored), *zip(others, others, strict=True)):
+                self._tensors[name] = (shape[:-1], dtype.to_complex()) if owner in pairs else (shape, dtype)
+                self.stored_names[name] = raw
         self._form = form
-        self.stored_names = {name: form.stored_name(name) for name in self._tensors}
 
     def names(self) -> list[str]:
         """Return the tensor names, sorted."""

@@ -80,8 +80,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, files: 
     """
     span_parts: SpanParts = {}
     live = engine.live
-    with pods.agree():
-        form = snapshot_form(engine, None, files)
+    form = snapshot_form(engine, pods, None, files)
     with pods.agree():
         engine.keeps_optimizer = True
         engine.check()
@@ -121,7 +120,7 @@ def _measured(
     n, device = window.count, window.store.device
     gram = Gram(len(layout.groups), n, device, diagonal=basis_class(config.basis).norms_only)
     b = torch.tensor(weights, dtype=torch.float32, device=device)
-    checksums = {}
+    checksums: dict[str, torch.Tensor] = {}
     for span in window.spans:
         sums, done = torch.zeros(n, dtype=torch.int64, device=device), 0
         for base, increments in window.parts(span):
@@ -138,7 +137,7 @@ def _measured(
                     products = gram.of(layout.group(part))
                     chunk = rows[:, low:high]
                     products += inner_products(chunk) if products.ndim == 2 else squared_norms(chunk)
-        checksums[layout.source(span.name)] = sums.cpu()
+        checksums |= dict.fromkeys(layout.names_in_candidates[span.name], sums.cpu())
     errors = window.squared_errors().to(engine.device)
     return LoadedCandidates(gram.values.to(engine.device), errors, checksums, {}, {})
 

@@ -71,8 +71,7 @@ class Export:
             provenance = origin()
             if pods.rank == 0:
                 check_target(target_of(path), 0, options.overwrite)
-        with pods.agree():
-            self._form = snapshot_form(engine, options.dtype, files)
+        self._form = snapshot_form(engine, pods, options.dtype, files)
         with pods.agree():
             small = self._form.carried.files_for(options.dtype)
             self._files = with_provenance(provenance, with_card(small, provenance))
@@ -109,9 +108,9 @@ def save(
     with pods.agree():
         root = target_of(directory)
     paths = [root / f"step-{step:08d}" for step in window.steps]
+    form = snapshot_form(engine, pods, dtype, files)
     with pods.agree():
         if pods.number == 0:  # Pods hold the same weights, so one of them writes.
-            form = snapshot_form(engine, dtype, files)
             for i, path in enumerate(paths):
                 small = snapshot_files(window.steps[i], form.carried.files_for(dtype))
                 _save(engine, window, i, path, form, max_shard_size, small)
