@@ -154,9 +154,9 @@ def require_no_adapter(candidates: Sequence[Candidate], names: Collection[str]) 
     config = adapter_config(candidates[0])
     if config is not None and not set(candidates[0].names()) & set(names):
         raise CandidateError(
-            f"{candidates[0].label}: is an adapter ({config.kind}), and the model has none. Attach to "
-            "PeftModel.from_pretrained(model, directory, is_trainable=True). The built-in tasks of `twa-scale run` do "
-            f"not train adapters: a task of your own can return such a model. {_WITHOUT_MODEL}"
+            f"{candidates[0].label}: is an adapter ({config.kind}), and the model has none. In a run, set task.adapter "
+            "to one of the candidates. With attach, give PeftModel.from_pretrained(model, directory, "
+            f"is_trainable=True). {_WITHOUT_MODEL}"
         )
 
 

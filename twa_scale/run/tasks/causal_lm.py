@@ -13,10 +13,11 @@ from twa_scale.base.notices import notice
 from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
+from twa_scale.run.tasks.adapted import Adapted, build_model, checked
 from twa_scale.run.tasks.byte_gpt import VOCABULARY, ByteGPT
 from twa_scale.run.tasks.causal_data import Documents, Source, SourceReader, WeightedSource
 from twa_scale.run.tasks.data_files import report_shared_files
-from twa_scale.run.tasks.isolation import require_isolation, require_positions
+from twa_scale.run.tasks.isolation import require_isolation
 from twa_scale.run.tasks.mixture import Mixture
 from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics
 from twa_scale.run.tasks.tokens import IGNORED, Concatenation, Pieces, Windows
@@ -56,7 +57,7 @@ class ModelChoice(Section):
         return self
 
 
-class CausalLMOptions(Source):
+class CausalLMOptions(Source, Adapted):
     """The options of the task `causal_lm`."""
 
     model: ModelChoice = Field(
@@ -97,6 +98,8 @@ class CausalLMOptions(Source):
             )
         if self.isolate_documents and self.model.directory is None:
             raise ValueError("`isolate_documents` is for a Hugging Face model; `byte_gpt` has no positions to set")
+        if self.adapter is not None and self.model.directory is None:
+            raise ValueError("`adapter` is for a Hugging Face model; `byte_gpt` has none")
         conflicts = sorted(self.model_fields_set & set(Source.model_fields))
         if self.sources and conflicts:
             raise ValueError(f"`{conflicts[0]}` has no effect with `sources`; give it in the sources")
@@ -119,6 +122,7 @@ class CausalLM:
         """
         self._options = options
         self._directory = options.model.directory
+        self._adapter = checked(options.adapter)
         self._config = huggingface.load_config(self._directory) if self._directory else None
         text_config = self._config and self._config.get_text_config()
         vocabulary = text_config.vocab_size if text_config else VOCABULARY
@@ -138,13 +142,13 @@ class CausalLM:
         self._has_labels = self._is_isolated = False
 
     def model(self) -> nn.Module:
-        """Return the byte-level GPT or the Hugging Face model, randomly initialized."""
+        """Return the byte-level GPT or the Hugging Face model, randomly initialized, or an adapted one."""
         recompute = self._options.recompute_activations
         if self._config:
-            model = huggingface.build_model("AutoModelForCausalLM", self._config, recompute=recompute)
-            if self._options.isolate_documents:
-                require_positions(model)
-            return model
+            assert self._directory is not None
+            return build_model(
+                "AutoModelForCausalLM", self._config, self._directory, self._adapter, recompute=recompute
+            )
         sizes = self._options.model.byte_gpt
         assert sizes is not None
         return ByteGPT(context=self._options.context, **sizes.model_dump(), recompute=recompute)

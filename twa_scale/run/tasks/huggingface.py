@@ -42,19 +42,23 @@ def load_image_processor(directory: str) -> Any:
     return _from_pretrained("AutoImageProcessor", directory, "image processor", backend="pil")
 
 
-def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module:
-    """Return a randomly initialized float32 model of the auto class `kind`.
+def build_model(kind: str, config: Any, *, recompute: bool = False, values: str | None = None) -> nn.Module:
+    """Return a float32 model of the auto class `kind`, randomly initialized or with the weights of a directory.
 
     Args:
         kind: the auto class, such as `AutoModelForCausalLM`.
         config: the configuration from `load_config`.
         recompute: whether blocks recompute their activations in backward (activation checkpointing).
+        values: the directory of the weights; None for random ones.
 
     Raises:
-        ConfigError: the architecture has no such model, or does not support recomputation.
+        ConfigError: the architecture has no such model, or does not support recomputation; the weights do not fit.
     """
     try:
-        model = getattr(_transformers(), kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        if values is not None:
+            model = _from_pretrained(kind, values, "weights", config=config, dtype=torch.float32)
+        else:
+            model = getattr(_transformers(), kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         _refuse_code(error, config.model_type)
         raise ConfigError(f"task.model: {config.model_type!r} has no {kind}: {_first_line(error)}") from error

@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from twa_scale.base.paths import path_of
-from twa_scale.config import Count, Section
+from twa_scale.config import Count
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
+from twa_scale.run.tasks.adapted import Adapted, build_model, checked
 from twa_scale.run.tasks.classification import (
     TensorExamples,
     classification_metrics,
@@ -26,7 +27,7 @@ from twa_scale.run.tasks.labels import Label, numbering
 from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics
 
 
-class ImageClassificationOptions(Section):
+class ImageClassificationOptions(Adapted):
     """The options of the task `image_classification`."""
 
     model: str = Field(
@@ -87,6 +88,9 @@ class ImageClassification:
         """
         self._options = options
         self._directory = _directory(options.model)
+        self._adapter = checked(options.adapter)
+        if self._adapter and not self._directory:
+            raise ConfigError("task.adapter: needs a Hugging Face directory. A model function can return such a model.")
         self._function = None if self._directory else import_function(options.model, "task.model")
         self._data = data_of_splits(options.data, {split: getattr(options, split) for split in SPLITS})
         self._config = huggingface.load_config(self._directory) if self._directory else None
@@ -102,13 +106,13 @@ class ImageClassification:
         self._datasets: dict[str, Examples] = {}
 
     def model(self) -> nn.Module:
-        """Return the Hugging Face model, randomly initialized, or the model from the model function.
+        """Return the Hugging Face model, randomly initialized or adapted, or the model from the model function.
 
         Raises:
             ConfigError: the function does not accept the options, or does not return a module.
         """
         if self._config:
-            return huggingface.build_model("AutoModelForImageClassification", self._config)
+            return build_model("AutoModelForImageClassification", self._config, self._options.model, self._adapter)
         assert self._function is not None
         return model_from(self._function, self._options.model_options, self._options.model)
 

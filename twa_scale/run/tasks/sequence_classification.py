@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from twa_scale.base.inputs import brief
 from twa_scale.base.names import plural
-from twa_scale.config import Count, Section
+from twa_scale.config import Count
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
+from twa_scale.run.tasks.adapted import Adapted, build_model, checked
 from twa_scale.run.tasks.classification import classification_metrics, cross_entropy, integer_labels, require_split
 from twa_scale.run.tasks.data_files import Paths, table_files
 from twa_scale.run.tasks.labels import Label, class_labels, numbering, require_label, require_number
@@ -22,12 +23,13 @@ from twa_scale.run.tasks.tables import rows
 from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
 from twa_scale.run.tasks.text_examples import TextExamples
 
+_KIND = "AutoModelForSequenceClassification"
 _LENGTH = 128  # tokens
 _POSITIONS = {"position_embeddings", "wpe", "embed_positions", "positions_embed"}
 Problem = Literal["classification", "regression"]
 
 
-class SequenceClassificationOptions(Section):
+class SequenceClassificationOptions(Adapted):
     """The options of the task `sequence_classification`."""
 
     model: str = Field(description="Hugging Face model directory, with its tokenizer.")
@@ -77,6 +79,7 @@ class SequenceClassification:
             ConfigError: a file, column, label, model or tokenizer cannot be used.
         """
         self._options = options
+        self._adapter = checked(options.adapter)
         files = {split: getattr(options, split) for split in SPLITS}
         self._files = {s: table_files(paths, f"task.{s}") for s, paths in files.items() if paths}
         config = huggingface.load_config(options.model)
@@ -96,8 +99,8 @@ class SequenceClassification:
         self._datasets: dict[str, TextExamples] = {}
 
     def model(self) -> nn.Module:
-        """Return the Hugging Face model with a head of `num_labels` outputs, randomly initialized."""
-        return huggingface.build_model("AutoModelForSequenceClassification", self._config)
+        """Return the Hugging Face model with a head of `num_labels` outputs, randomly initialized or adapted."""
+        return build_model(_KIND, self._config, self._options.model, self._adapter)
 
     def dataset(self, split: str) -> TextExamples:
         """Return examples {"input_ids", "attention_mask": int64 (length,), "labels": int64 or float32 scalar}.
@@ -130,7 +133,7 @@ class SequenceClassification:
 
     def _checked_length(self) -> int:
         with torch.device("meta"):
-            limit = _num_positions(huggingface.build_model("AutoModelForSequenceClassification", self._config))
+            limit = _num_positions(huggingface.build_model(_KIND, self._config))
         length = self._options.max_length
         if length is not None and length > limit:
             raise ConfigError(f"task.max_length: {length} is longer than the model allows. Use at most {limit}.")

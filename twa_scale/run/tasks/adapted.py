@@ -1,0 +1,79 @@
+"""A Hugging Face model with an adapter of PEFT, for candidates that are adapters."""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from twa_scale.base.inputs import named_errors
+from twa_scale.base.paths import path_of
+from twa_scale.candidates.adapters import ADAPTER_CONFIG
+from twa_scale.config import Section
+from twa_scale.errors import ConfigError
+from twa_scale.run.tasks import huggingface
+from twa_scale.run.tasks.packages import require_module
+
+
+class Adapted(Section):
+    """The option of tasks whose model can have an adapter."""
+
+    adapter: str | None = Field(
+        None,
+        description="Directory of an adapter of PEFT that the model gets, for candidates that are adapters: one of "
+        "them, or with `space: product` the output of `twa-scale average --space product`. The base model has the "
+        "weights of `model`.",
+    )
+
+
+def checked(adapter: str | None) -> str | None:
+    """Return the directory of an adapter after a check that it holds one.
+
+    Raises:
+        ConfigError: there is no adapter_config.json, or PEFT is not installed.
+    """
+    if adapter is None:
+        return None
+    with named_errors(ConfigError):
+        exists = (path_of(adapter, ConfigError) / ADAPTER_CONFIG).is_file()
+    if not exists:
+        raise ConfigError(f"task.adapter: {adapter!r} has no {ADAPTER_CONFIG}. Give the directory of one adapter.")
+    _peft()
+    return adapter
+
+
+def build_model(kind: str, config: Any, directory: str, adapter: str | None, *, recompute: bool = False) -> nn.Module:
+    """Return a Hugging Face model, randomly initialized, or its weights in `directory` with an adapter that is trained.
+
+    Args:
+        kind: the auto class, such as `AutoModelForCausalLM`.
+        config: the configuration of the model.
+        directory: the directory of the model.
+        adapter: the directory of the adapter, from `checked`; None for a model without one.
+        recompute: whether blocks recompute their activations in backward.
+
+    Raises:
+        ConfigError: as `huggingface.build_model` does; the adapter does not fit the model.
+    """
+    if adapter is None:
+        return huggingface.build_model(kind, config, recompute=recompute)
+    peft, path = _peft(), str(path_of(adapter, ConfigError))
+    is_empty = torch.empty(0).is_meta  # Only names and shapes are needed then.
+    base = huggingface.build_model(kind, config, recompute=recompute, values=None if is_empty else directory)
+    try:
+        if is_empty:
+            settings = peft.PeftConfig.from_pretrained(path)
+            settings.inference_mode = False
+            model: nn.Module = peft.get_peft_model(base, settings)
+        else:
+            model = peft.PeftModel.from_pretrained(base, path, is_trainable=True)
+    except Exception as error:  # of another library
+        raise ConfigError(
+            f"task.adapter: {adapter!r} does not fit {directory!r} ({type(error).__name__}: {error}). Give the base "
+            "model of the adapter as task.model, with the same number of labels."
+        ) from error
+    return model
+
+
+def _peft() -> Any:
+    return require_module("peft", "task.adapter: an adapter needs the package peft", "peft")
