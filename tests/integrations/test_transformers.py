@@ -34,6 +34,7 @@ from twa_scale import ConfigError, StateError, TwaError, TwaWarning
 from twa_scale.average.measures import effective_candidates, mean_coefficients
 from twa_scale.integrations.saved_by_trainer import small_files_of
 from twa_scale.integrations.transformers import CoefficientsCallback, TwaCallback
+from twa_scale.output.model_files import files_of_model
 from twa_scale.tools.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +144,7 @@ def test_small_files_are_those_that_transformers_saves(tmp_path: Path) -> None:
     wanted = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     del wanted["model.safetensors"], wanted["training_args.bin"]
     assert wanted.keys() == {"config.json", "own_config.py", "own_model.py"}
-    assert small_files_of(trainer) == wanted
+    assert files_of_model(own) | small_files_of(trainer) == wanted
 
 
 def learned_by_hand(settings: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -10,11 +10,13 @@ from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import EncodecConfig, LlamaConfig, MusicgenConfig, MusicgenDecoderConfig, T5Config
 
 import twa_scale
 from tests import adapters
 from tests.adapters import adapted, load, logits, save
 from twa_scale import ConfigError, TwaWarning
+from twa_scale.engines.live_adapter import _vocabulary
 
 KINDS = {
     "LoRA": LoraConfig(r=4, target_modules=["c_attn", "wte"], fan_in_fan_out=True, modules_to_save=["ln_f"]),
@@ -122,6 +124,7 @@ def test_adapters_hold_embeddings_that_were_resized(tmp_path: Path, settings: di
         averages.step()
     path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
     assert torch.equal(logits(load(path, base=resized)), logits(model))
+    twa_scale.attach(model, [str(path)] * 2, {"space": "factors"}).close()
     with averages.weights("mean"):
         expected = logits(model)
     with averages.learning() as twa:
@@ -178,3 +181,23 @@ def test_two_active_adapters_are_written_with_the_base_model(tmp_path: Path) -> 
     with pytest.warns(TwaWarning, match="hold the base model too, because .* 2 active adapters"):
         path = twa_scale.Snapshots(tmp_path, every_n_steps=1).save(model, 1)
     assert len(load_file(path / "model.safetensors")) == len(dict(model.named_parameters()))
+
+
+def test_a_parameter_that_was_frozen_after_the_snapshots_is_named(tmp_path: Path) -> None:
+    model = adapted(KINDS["DoRA"])
+    position = model.base_model.model.transformer.wpe.weight.requires_grad_(True)
+    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2})
+    for _ in range(2):
+        move(model)
+        averages.step()
+    position.requires_grad_(False)
+    with pytest.raises(twa_scale.TwaError, match=r"wpe\.weight', which was trained when they were taken"):
+        averages.learn({"space": "factors"})
+
+
+def test_the_vocabulary_of_a_model_of_several_texts_is_unknown() -> None:
+    parts = {"text_encoder": T5Config(), "audio_encoder": EncodecConfig(), "decoder": MusicgenDecoderConfig()}
+    config = MusicgenConfig(**{name: part.to_dict() for name, part in parts.items()})
+    with pytest.raises(ValueError, match="Multiple valid text configs"):
+        config.get_text_config()
+    assert _vocabulary(config) is None and _vocabulary(LlamaConfig(vocab_size=7)) == 7 and _vocabulary(None) is None

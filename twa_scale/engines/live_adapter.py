@@ -1,6 +1,7 @@
 """The PEFT adapter of a live model: its tensors, their names in files, and its scalings."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from math import isclose
@@ -25,6 +26,7 @@ _MODULE = ("merged_adapters",)  # attributes of each module with an adapter
 _LORA = ("scaling", "r")  # attributes of each module with factors
 _PARAMETER = ("parameter_name",)  # attributes of a module that adapts a parameter (`target_parameters`)
 _NOT_IN_MODEL = {"RANDLORA": "random projections", "SHIRA": "indices"}  # further contents of files
+_ORIGINAL = "original_module"  # the module that an adapter replaces by one of `modules_to_save`
 _OF_PEFT_MODEL = "base_model."  # the start of all names of a PeftModel
 _WITHOUT_MODEL = "Average such adapters without a model: twa-scale average."
 
@@ -61,7 +63,7 @@ class LiveAdapter:
 
     def replaces(self, name: str) -> bool:
         """Return whether a module of an adapter (`modules_to_save`) is used in place of the one of this tensor."""
-        return not {"original_module", "modules_to_save"}.isdisjoint(name.split(".")) and not self.holds(name)
+        return not {_ORIGINAL, "modules_to_save"}.isdisjoint(name.split(".")) and not self.holds(name)
 
     def file_name(self, name: str) -> str:
         """Return the name of a tensor of the adapter in the files that PEFT and transformers write."""
@@ -255,16 +257,20 @@ def _names(model: nn.Module) -> dict[str, str]:
 
 def _vocabulary(config: Any) -> int | None:
     """Return the number of tokens that a configuration of transformers names, if it does."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "vocab_size", None)
+    with suppress(AttributeError, ValueError):  # of another library; of several models of text
+        config = config.get_text_config()
+    return getattr(config, "vocab_size", None)
 
 
 def _embeddings_in_files(
     model: Any, name: str, kind: str, marks: dict[str, torch.Tensor], others: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return the embeddings that PEFT would write with an adapter, except those that the adapter replaces."""
-    files, held = _in_files(model, name, kind, marks, with_embeddings=True), set(map(_key, others.values()))
-    return {raw: mark for raw, mark in files.items() if _key(mark) not in held and "original_module" not in raw}
+    """Return the embeddings that PEFT would write with an adapter, except those that the adapter has or replaces."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {_key(mark): id(parameters.get(raw, mark)) for raw, mark in marks.items()}
+    held = {tensors.get(_key(mark)) for mark in others.values()}
+    files = _in_files(model, name, kind, marks, with_embeddings=True)
+    return {raw: mark for raw, mark in files.items() if tensors.get(_key(mark)) not in held and _ORIGINAL not in raw}
 
 
 def _key(mark: torch.Tensor) -> tuple[int, tuple[int, ...]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from twa_scale.output.model_files import files_in, files_of_model
+from twa_scale.output.model_files import files_in
 
 
 def saves_shards(trainer: Any) -> bool:
@@ -16,17 +16,13 @@ def saves_shards(trainer: Any) -> bool:
 
 
 def small_files_of(trainer: Any) -> dict[str, bytes]:
-    """Return the configurations and the code of the model, and the files of its tokenizer or processor, by path.
-
-    Those of the model are left out if the Trainer trains an adapter.
-    """
-    files = files_of_model(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+    """Return the files of the tokenizer or processor of a Trainer, by path."""
     processing = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
-    if processing is not None:
-        with TemporaryDirectory() as name:
-            processing.save_pretrained(name)
-            files |= files_in(Path(name))
-    return files
+    if processing is None:
+        return {}
+    with TemporaryDirectory() as name:
+        processing.save_pretrained(name)
+        return files_in(Path(name))
 
 
 def _is_adapter(trainer: Any) -> bool:

@@ -18,19 +18,19 @@ def files_of_model(root: nn.Module) -> dict[str, bytes]:
     Models with adapters have none, because their files do not hold the base model.
     """
     model: Any = unwrapped(root)
-    library = sys.modules.get("transformers")
+    library = sys.modules.get("transformers.modeling_utils")  # imported by every model of transformers
     if library is None or not isinstance(model, library.PreTrainedModel) or hasattr(model, "peft_config"):
         return {}
-    try:
-        with TemporaryDirectory() as name:
-            _save(model, Path(name))
-            return files_in(Path(name))
-    except Exception as error:  # The weights can be written without them.
-        notice(
-            f"files of this model lack config.json, because transformers cannot save it ({type(error).__name__}: "
-            f"{error}). Give its content in `files`."
-        )
-        return {}
+    with TemporaryDirectory() as name:
+        for part, save in (("config.json", _save_config), ("generation_config.json", _save_generation_config)):
+            try:
+                save(model, Path(name))
+            except Exception as error:  # The weights can be written without it.
+                notice(
+                    f"files of this model lack {part}, because transformers cannot save it ({type(error).__name__}: "
+                    f"{error}). Correct the configuration, or give the content of this file in `files`."
+                )
+        return files_in(Path(name))
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
@@ -38,7 +38,7 @@ def files_in(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def _save(model: Any, directory: Path) -> None:
+def _save_config(model: Any, directory: Path) -> None:
     from transformers.dynamic_module_utils import custom_object_save
 
     kind, config = own_class(model), deepcopy(model.config)
@@ -46,5 +46,8 @@ def _save(model: Any, directory: Path) -> None:
     if hasattr(model, "is_remote_code") and model.is_remote_code():
         custom_object_save(kind.__new__(kind), directory, config)  # reads the class only
     config.save_pretrained(directory)
+
+
+def _save_generation_config(model: Any, directory: Path) -> None:
     if model.can_generate():
         model.generation_config.save_pretrained(directory)

@@ -88,8 +88,8 @@ def _needs_base(adapter: LiveAdapter, engine: Engine) -> str | None:
     others = [name for name in trained if not any(map(adapter.holds, engine.parameters[name].aliases))]
     if others or not trained:
         return f"it trains {quoted(others, 2)}, which its adapter does not hold." if others else "it trains nothing."
-    statistics = [name for name in engine.buffers() if is_statistic(name) and not adapter.replaces(name)]
-    if statistics := [name for name in statistics if not adapter.holds(name)]:
+    unused = {name for name in engine.buffers() if adapter.holds(name) or adapter.replaces(name)}
+    if statistics := [name for name in engine.buffers() if is_statistic(name) and name not in unused]:
         return f"its statistics ({quoted(statistics, 2)}) change in training, and its adapter does not hold them."
     return None
 

@@ -38,11 +38,9 @@ def first_difference(group: Ranks, entries: Mapping[K, object]) -> Difference | 
         return None
     location = group.name
     where_first, first = group.broadcast((location, dict(entries)))
-    if group.rank == 0:  # NaN differs from itself.
-        return None
     for key in (*entries, *(key for key in first if key not in entries)):
         local, other = entries.get(key, _ABSENT), first.get(key, _ABSENT)
-        if local != other:
+        if repr(local) != repr(other):  # NaN is not equal to itself
             return Difference(key, local, other, location, where_first)
     return None
 

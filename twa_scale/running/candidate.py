@@ -31,7 +31,7 @@ class SnapshotCandidate:
         for owner in form.tensors:
             shape, dtype = tensors[owner]
             stored, *others = form.stored_names(owner)
-            for name, raw in ((owner, stored), *zip(others, others, strict=True)):
+            for name, raw in ((owner, stored), *((raw, raw) for raw in others)):
                 self._tensors[name] = (shape[:-1], dtype.to_complex()) if owner in pairs else (shape, dtype)
                 self.stored_names[name] = raw
         self._form = form

@@ -94,6 +94,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, files: 
                 span: parts for span, parts in engine.parts.items() if span.name in stacked and span in window_spans
             }
         layout = matched(engine, candidates, config, form.adapter, stacked)
+        _require_all(window, layout)
         weights = center_weights(config.center, len(candidates))
         check_settings(config, weights)
     require_same_settings(pods, {"the steps of the snapshots": window.steps, **config.model_dump(mode="json")})
@@ -110,6 +111,20 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, files: 
         average = assemble(parts, filled, weights)
         undo.pop_all()
     return average
+
+
+def _require_all(window: Window, layout: Layout) -> None:
+    """Check that all tensors of the snapshots are averaged.
+
+    Raises:
+        TwaError: names a parameter that has been frozen since, so that only the adapter of the model is averaged.
+    """
+    if lost := [span.name for span in window.spans if span.name not in layout.names_in_candidates]:
+        raise TwaError(
+            f"learn(): the snapshots hold parameter {lost[0]!r}, which was trained when they were taken and is frozen "
+            "now, so that only the adapter would be averaged. Let it require a gradient again, or create another "
+            "RunningAverages after freezing it."
+        )
 
 
 @torch.no_grad()
