@@ -12,7 +12,8 @@ from tests import adapters
 from tests.commands.small_runs import load, run_here, settings
 from tests.pool import Pool
 from twa_scale.average.state import load_state
-from twa_scale.config import RunConfig, validated
+from twa_scale.config import RunConfig, TaskConfig, validated
+from twa_scale.run.tasks import build_task
 from twa_scale.tools.planning import make_plan
 
 LORA = {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}
@@ -72,3 +73,9 @@ def test_an_adapter_of_another_model_is_named(run_settings: dict[str, Any], tmp_
     config.write_text(config.read_text().replace("c_attn", "q_proj"))
     with pytest.raises(twa_scale.ConfigError, match=r"task\.adapter: .*lora-0' does not fit .*base'"):
         run_here(run_settings)
+
+
+def test_documents_are_isolated_in_a_model_with_an_adapter(run_settings: dict[str, Any]) -> None:
+    isolated = {"documents": "packed", "isolate_documents": True, "document_end": 0}
+    model: Any = build_task(validated(TaskConfig, run_settings["task"] | isolated)).model()
+    assert model.get_base_model().transformer.wte.weight.shape == (40, 32)

@@ -17,7 +17,7 @@ from twa_scale.run.tasks.adapted import Adapted, build_model, checked
 from twa_scale.run.tasks.byte_gpt import VOCABULARY, ByteGPT
 from twa_scale.run.tasks.causal_data import Documents, Source, SourceReader, WeightedSource
 from twa_scale.run.tasks.data_files import report_shared_files
-from twa_scale.run.tasks.isolation import require_isolation
+from twa_scale.run.tasks.isolation import require_isolation, require_positions
 from twa_scale.run.tasks.mixture import Mixture
 from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics
 from twa_scale.run.tasks.tokens import IGNORED, Concatenation, Pieces, Windows
@@ -146,9 +146,12 @@ class CausalLM:
         recompute = self._options.recompute_activations
         if self._config:
             assert self._directory is not None
-            return build_model(
+            model = build_model(
                 "AutoModelForCausalLM", self._config, self._directory, self._adapter, recompute=recompute
             )
+            if self._options.isolate_documents:
+                require_positions(model.get_base_model() if self._adapter else model)  # type: ignore[operator]
+            return model
         sizes = self._options.model.byte_gpt
         assert sizes is not None
         return ByteGPT(context=self._options.context, **sizes.model_dump(), recompute=recompute)
