@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import nn
 
 from twa_scale.base.inputs import named_errors
+from twa_scale.base.names import quoted
 from twa_scale.base.paths import path_of
 from twa_scale.candidates.adapters import ADAPTER_CONFIG
 from twa_scale.config import Section
@@ -53,13 +54,16 @@ def build_model(kind: str, config: Any, directory: str, adapter: str | None, *, 
         recompute: whether blocks recompute their activations in backward.
 
     Raises:
-        ConfigError: as `huggingface.build_model` does; the adapter does not fit the model.
+        ConfigError: as `huggingface.build_model` does; the adapter does not fit the model, or both lack a tensor.
     """
     if adapter is None:
         return huggingface.build_model(kind, config, recompute=recompute)
-    peft, path = _peft(), str(path_of(adapter, ConfigError))
+    peft, path, lacking = _peft(), str(path_of(adapter, ConfigError)), set[str]()
     is_empty = torch.empty(0).is_meta  # Only names and shapes are needed then.
-    base = huggingface.build_model(kind, config, recompute=recompute, values=None if is_empty else directory)
+    if is_empty:
+        base = huggingface.build_model(kind, config, recompute=recompute)
+    else:
+        base, lacking = huggingface.load_model(kind, config, directory, recompute=recompute)
     try:
         if is_empty:
             settings = peft.PeftConfig.from_pretrained(path)
@@ -72,6 +76,11 @@ def build_model(kind: str, config: Any, directory: str, adapter: str | None, *, 
             f"task.adapter: {adapter!r} does not fit {directory!r} ({type(error).__name__}: {error}). Give the base "
             "model of the adapter as task.model, with the same number of labels."
         ) from error
+    if random := sorted(name for name, _ in base.named_parameters() if name in lacking):
+        raise ConfigError(
+            f"task.adapter: neither {directory!r} nor {adapter!r} has {quoted(random, 2)} of {type(base).__name__}. "
+            "Give the base model of the adapter as task.model, or train the adapter with these in `modules_to_save`."
+        )
     return model
 
 

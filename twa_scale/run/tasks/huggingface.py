@@ -42,36 +42,51 @@ def load_image_processor(directory: str) -> Any:
     return _from_pretrained("AutoImageProcessor", directory, "image processor", backend="pil")
 
 
-def build_model(kind: str, config: Any, *, recompute: bool = False, values: str | None = None) -> nn.Module:
-    """Return a float32 model of the auto class `kind`, randomly initialized or with the weights of a directory.
+def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module:
+    """Return a randomly initialized float32 model of the auto class `kind`.
 
     Args:
         kind: the auto class, such as `AutoModelForCausalLM`.
         config: the configuration from `load_config`.
         recompute: whether blocks recompute their activations in backward (activation checkpointing).
-        values: the directory of the weights; None for random ones.
 
     Raises:
-        ConfigError: the architecture has no such model, or does not support recomputation; the weights do not fit.
+        ConfigError: the architecture has no such model, or does not support recomputation.
     """
     try:
-        if values is not None:
-            model = _from_pretrained(kind, values, "weights", config=config, dtype=torch.float32)
-        else:
-            model = getattr(_transformers(), kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = getattr(_transformers(), kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         _refuse_code(error, config.model_type)
         raise ConfigError(f"task.model: {config.model_type!r} has no {kind}: {_first_line(error)}") from error
     if recompute:
-        try:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        except ValueError as error:
-            raise ConfigError(
-                f"task.recompute_activations: transformers does not support it for {config.model_type!r}: "
-                f"{_first_line(error)}"
-            ) from error
+        _recompute_activations(model, config)
     return model  # type: ignore[no-any-return]
+
+
+def load_model(kind: str, config: Any, directory: str, *, recompute: bool = False) -> tuple[nn.Module, set[str]]:
+    """Return a float32 model with the weights of a directory, and the names of those that are not in it, or do not fit.
+
+    The arguments are those of `build_model`.
+
+    Raises:
+        ConfigError: the weights cannot be loaded, or the model does not support recomputation.
+    """
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = _from_pretrained(kind, directory, "weights", config=config, dtype=torch.float32, **options)
+    if recompute:
+        _recompute_activations(model, config)
+    return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+
+
+def _recompute_activations(model: Any, config: Any) -> None:
+    try:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"task.recompute_activations: transformers does not support it for {config.model_type!r}: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def _from_pretrained(kind: str, directory: str, part: str, **options: Any) -> Any:
