@@ -32,11 +32,14 @@ def run_settings(tmp_path: Path) -> dict[str, Any]:
     return settings(str(tmp_path / "lora-*"), task, tmp_path / "out", space="factors")
 
 
-@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
+@pytest.mark.parametrize("engine", ["plain", "fsdp2", "zero3"])
 @pytest.mark.filterwarnings("ignore:the base model keeps")
 def test_a_run_averages_adapters(run_settings: dict[str, Any], ranks: Pool, tmp_path: Path, engine: str) -> None:
-    """The base model has its own weights, and PEFT loads the export."""
-    ranks(run_here, 1 if engine == "plain" else 2, data=run_settings | {"engine": engine}, timeout=120)
+    """The base model has its own weights, and PEFT loads the export. Candidates can be named as files."""
+    changes = {"engine": engine}
+    if engine == "zero3":
+        changes["candidates"] = str(tmp_path / "lora-*" / "adapter_model.safetensors")
+    ranks(run_here, 1 if engine == "plain" else 2, data=run_settings | changes, timeout=120)
     output = tmp_path / "out"
     coefficients = load_state(output).exported.coefficients
     assert (coefficients - 1 / 3).abs().max() > 1e-3

@@ -180,7 +180,8 @@ def require_fitting(adapter: LiveAdapter, candidates: Sequence[Candidate]) -> No
             raise CandidateError(
                 f"space: product: the ranks of the candidates add up to {sums[module]} in {module!r}, but the adapter "
                 f"of the model has rank {live.rank}. Create its adapter with `twa-scale average ... --space product "
-                "--out START`, and load it with PeftModel.from_pretrained(base, 'START', is_trainable=True)."
+                "--out START`, and load it with PeftModel.from_pretrained(base, 'START', is_trainable=True), or "
+                "in a run with task.adapter: START."
             )
         if not isclose(live.scaling, scaling, rel_tol=1e-6):
             location = "with `space: product`" if sums else f"in {last.label}"

@@ -14,14 +14,14 @@ from twa_scale.ranks import Group
 
 
 def candidates_leave_values(config: RunConfig) -> bool:
-    """Return whether the model keeps values: candidates are adapters, or `missing` is `keep`. Collective.
+    """Return whether the model keeps values: it has an adapter, or `missing` is `keep`. Collective.
 
     Only one rank reads the directory, because ranks that see different files would wait for each other.
 
     Raises:
         CandidateError: candidates are not found.
     """
-    if config.missing == "keep":
+    if config.missing == "keep" or config.task.options.get("adapter") is not None:
         return True
     group, result = Group.world(), False
     with group.agree():

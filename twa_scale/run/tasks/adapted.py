@@ -9,7 +9,7 @@ from torch import nn
 from twa_scale.base.inputs import named_errors
 from twa_scale.base.names import quoted
 from twa_scale.base.paths import path_of
-from twa_scale.candidates.adapters import ADAPTER_CONFIG
+from twa_scale.candidates.adapters import ADAPTER_BASE, ADAPTER_CONFIG
 from twa_scale.config import Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
@@ -28,17 +28,21 @@ class Adapted(Section):
 
 
 def checked(adapter: str | None) -> str | None:
-    """Return the directory of an adapter after a check that it holds one.
+    """Return the directory of an adapter after a check that it holds one, because PEFT would search the hub for it.
 
     Raises:
-        ConfigError: there is no adapter_config.json, or PEFT is not installed.
+        ConfigError: the configuration or the weights are not there, or PEFT is not installed.
     """
     if adapter is None:
         return None
+    weights = [f"{ADAPTER_BASE}.safetensors", f"{ADAPTER_BASE}.bin"]
     with named_errors(ConfigError):
-        exists = (path_of(adapter, ConfigError) / ADAPTER_CONFIG).is_file()
-    if not exists:
-        raise ConfigError(f"task.adapter: {adapter!r} has no {ADAPTER_CONFIG}. Give the directory of one adapter.")
+        directory = path_of(adapter, ConfigError)
+        has_config = (directory / ADAPTER_CONFIG).is_file()
+        has_weights = any((directory / name).is_file() for name in weights)
+    if not (has_config and has_weights):
+        missing = " or ".join(weights) if has_config else ADAPTER_CONFIG
+        raise ConfigError(f"task.adapter: {adapter!r} has no {missing}. Give the directory of one adapter on disk.")
     _peft()
     return adapter
 
@@ -64,6 +68,7 @@ def build_model(kind: str, config: Any, directory: str, adapter: str | None, *, 
         base = huggingface.build_model(kind, config, recompute=recompute)
     else:
         base, lacking = huggingface.load_model(kind, config, directory, recompute=recompute)
+    random = {id(parameter): name for name, parameter in base.named_parameters() if name in lacking}
     try:
         if is_empty:
             settings = peft.PeftConfig.from_pretrained(path)
@@ -74,11 +79,12 @@ def build_model(kind: str, config: Any, directory: str, adapter: str | None, *, 
     except Exception as error:  # of another library
         raise ConfigError(
             f"task.adapter: {adapter!r} does not fit {directory!r} ({type(error).__name__}: {error}). Give the base "
-            "model of the adapter as task.model, with the same number of labels."
+            "model of the adapter as task.model, with the same numbers of labels and tokens."
         ) from error
-    if random := sorted(name for name, _ in base.named_parameters() if name in lacking):
+    used = [id(parameter) for name, parameter in model.named_parameters() if "original_module" not in name]
+    if names := sorted(random[key] for key in used if key in random):
         raise ConfigError(
-            f"task.adapter: neither {directory!r} nor {adapter!r} has {quoted(random, 2)} of {type(base).__name__}. "
+            f"task.adapter: neither {directory!r} nor {adapter!r} has {quoted(names, 2)} of {type(base).__name__}. "
             "Give the base model of the adapter as task.model, or train the adapter with these in `modules_to_save`."
         )
     return model
