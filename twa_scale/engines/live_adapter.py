@@ -18,7 +18,7 @@ from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import ADAPTER_CONFIG, PREFIX, adapter_config, ranks_of, scalings
 from twa_scale.engines.module_names import name_unwrapper, own_class, unwrapped
 from twa_scale.engines.private_attributes import require, version
-from twa_scale.engines.without_wrappers import without_wrappers
+from twa_scale.engines.wrappers_removed import wrappers_removed
 from twa_scale.errors import CandidateError, EngineError
 
 _MODEL = ("peft_config",)
@@ -134,7 +134,7 @@ def live_adapter(root: nn.Module, *, with_embeddings: bool = False) -> LiveAdapt
     _require_no_views(model)
     plain_path = name_unwrapper(root)(path)
     prefix = f"{plain_path}." if plain_path else ""
-    with without_wrappers(root):
+    with wrappers_removed(root):
         names = _names(model)
         marks = {raw: torch.empty(1, 2, device="cpu") for raw in names}
         files = _in_files(model, name, kind, marks)

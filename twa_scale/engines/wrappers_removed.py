@@ -11,7 +11,7 @@ from twa_scale.engines.module_names import unwrapped
 
 
 @contextmanager
-def without_wrappers(root: nn.Module) -> Iterator[None]:
+def wrappers_removed(root: nn.Module) -> Iterator[None]:
     """Take the wrappers out of the modules of `root` in a `with` block. Not collective.
 
     Names have no attributes of wrappers in it, and state dicts of modules gather nothing. Tensors that FSDP1 has moved
